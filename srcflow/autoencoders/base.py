@@ -1,0 +1,51 @@
+"""The contract of autoencoders: images to normalised features and back."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor, nn
+
+from srcflow.noise import Noise
+from srcflow.registry import Recorded
+from srcflow.types import Grid
+
+
+class Autoencoder(nn.Module, metaclass=Recorded):
+    """Images <-> normalised features. `decode(normalize(features(x)[0]), grid)` reconstructs x.
+
+    Attributes:
+        dim: feature width D.
+        grid: nominal token grid (rows, columns): what `decode` and the next stages are built for.
+        image_size: nominal image size (height, width) of `decode`'s output.
+        pixel_density: True if features are an invertible image of the pixels, so bits per dimension are defined.
+    """
+
+    dim: int
+    grid: Grid
+    image_size: tuple[int, int]
+    pixel_density: bool = False
+
+    def setup(self) -> None:
+        """Load pretrained weights that the constructor names. Called once by a task that builds the autoencoder from its configuration."""
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether latent statistics still have to be fitted (`fit_statistics`) before `normalize` can be used."""
+        return False
+
+    @abstractmethod
+    def features(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """Raw features (B, N, D) of images (B, 3, H, W) in [0, 1], and their grid; no gradient."""
+
+    @abstractmethod
+    def normalize(self, raw: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Normalised features (B, N, D): noise (B, N, D) is added to the raw features, then the latent statistics are applied (E2)."""
+
+    @abstractmethod
+    def decode(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """Images (B, 3, H, W) of nominal range [0, 1], not clamped, from normalised features (B, N, D)."""
+
+    def default_noise(self) -> Noise | None:
+        """The noise a flow on these features is meant to be trained under, if the autoencoder determines it (dequantisation for pixels)."""
+        return None

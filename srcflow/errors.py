@@ -1,0 +1,109 @@
+"""Exceptions for users: each names the key, the value and the cure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class SrcflowError(Exception):
+    """Base of every error that srcflow raises on purpose."""
+
+
+class ConfigError(SrcflowError, ValueError):
+    """A configuration value that cannot be used.
+
+    Args:
+        key: the configuration key, dotted.
+        value: what stood there.
+        problem: why it cannot be used.
+        cure: what to write instead.
+    """
+
+    def __init__(self, key: str, value: Any, problem: str, cure: str = "") -> None:
+        self.key, self.value, self.problem, self.cure = key, value, problem, cure
+        super().__init__(f"{key} = {value!r}: {problem}" + (f" {cure}" if cure else ""))
+
+
+class UnknownNameError(ConfigError):
+    """A name that no member of the family has; lists the known ones and the nearest."""
+
+    def __init__(self, key: str, name: str, known: Iterable[str]) -> None:
+        self.known = sorted(known)
+        near = difflib.get_close_matches(name, self.known, n=3, cutoff=0.5)
+        nearest = f"Did you mean {' or '.join(near)}? " if near else ""
+        super().__init__(key, name, "no such name.", f"{nearest}Known: {', '.join(self.known) or 'none'}. A full import path works too.")
+
+
+class DuplicateNameError(SrcflowError):
+    """Two distributions register one name in one family."""
+
+
+class ShapeError(SrcflowError, ValueError):
+    """A tensor (or a pair of configured sizes) whose shape does not fit; names both."""
+
+
+class DataError(SrcflowError):
+    """Input data that are missing, damaged or not what was promised."""
+
+
+class ArtifactError(SrcflowError):
+    """A stage's directory that is missing, incomplete, damaged, or not what the run was built on."""
+
+
+class ManifestMismatchError(ArtifactError):
+    """A stored manifest disagrees with the run; lists every field that differs."""
+
+    def __init__(self, what: str, differences: dict[str, tuple[Any, Any]], cure: str = "") -> None:
+        self.differences = differences
+        lines = [f"  {k}: stored {stored!r}, this run {wanted!r}" for k, (stored, wanted) in differences.items()]
+        super().__init__(f"{what} does not belong to this run:\n" + "\n".join(lines) + (f"\n{cure}" if cure else ""))
+
+
+class NonFiniteError(SrcflowError, ArithmeticError):
+    """Training met too many non-finite steps in a row."""
+
+
+class ProblemsError(SrcflowError, ValueError):
+    """Several problems of one configuration, raised together."""
+
+    def __init__(self, problems: list[Exception]) -> None:
+        self.problems = problems
+        super().__init__(f"{len(problems)} problems:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1)))
+
+
+class Problems:
+    """Collects errors so that a user sees all of them at once.
+
+    >>> problems = Problems()
+    >>> with problems.collect():
+    ...     raise ConfigError("a", 1, "bad.")
+    >>> problems.found[0].key
+    'a'
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Exception] = []
+
+    def add(self, problem: SrcflowError) -> None:
+        """Note a problem and go on."""
+        self.found.append(problem)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Note a SrcflowError raised inside the block and go on."""
+        try:
+            yield
+        except ProblemsError as e:
+            self.found.extend(e.problems)
+        except SrcflowError as e:
+            self.found.append(e)
+
+    def raise_if_any(self) -> None:
+        """Raise what was collected: the one error as it is, several as ProblemsError."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise ProblemsError(self.found)
