@@ -1,0 +1,141 @@
+"""A guided block: two streams in one batch behind the interface of a single causal block, so that solvers need not know of guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srcflow.couplings.affine import Affine
+from srcflow.errors import ConfigError
+from srcflow.guidance.base import Guidance
+from srcflow.types import AffineParams, CausalBlock, Condition, Context, State
+
+
+@dataclass
+class _Streams:
+    """State of a guided block. `joint` holds both streams in one batch; otherwise each has its own state."""
+
+    joint: State | None
+    positive: State | None
+    negative: State | None
+    progress: Tensor
+
+
+class GuidedBlock:
+    """`block` under `guidance`: its parameters are the guided (log_scale, shift), its coupling is `Affine`.
+
+    Args:
+        block: the positive stream's block.
+        guidance: the rule.
+        negative_block: the negative stream's block, if it is another flow's (autoguidance).
+        negative_condition: the negative condition, resolved (nulls filled in) by the flow.
+
+    Raises:
+        ConfigError: a coupling has no affine view.
+    """
+
+    coupling = Affine()
+
+    def __init__(
+        self,
+        block: CausalBlock,
+        guidance: Guidance,
+        *,
+        negative_block: CausalBlock | None = None,
+        negative_condition: Condition | None = None,
+    ) -> None:
+        self.block, self.guidance = block, guidance
+        self.negative_block = block if negative_block is None else negative_block
+        self.negative_condition = negative_condition
+        for b in (self.block, self.negative_block):
+            if b.coupling.affine(torch.zeros(1, 1, b.coupling.params_per_channel, 1)) is None:
+                raise ConfigError(
+                    "guidance",
+                    type(guidance).__name__,
+                    f"the coupling {type(b.coupling).__name__} has no affine view, which guidance works on.",
+                    "Sample without guidance, or use a coupling whose `affine` is not None.",
+                )
+
+    def params(self, u: Tensor, ctx: Context) -> Tensor:
+        """Guided parameters (B, N, 2, d) of every token of u (B, N, d)."""
+        both = self._joint_context(ctx, u.shape[0])
+        progress = _progress(u.shape[1], u)
+        if both is not None:
+            positive, negative = self.block.params(torch.cat([u, u]), both).chunk(2)
+        else:
+            positive, negative = self.block.params(u, ctx), self.negative_block.params(u, self._negative_context(ctx, u.shape[0]))
+        return self._combine(positive, negative, progress)
+
+    def start(self, ctx: Context, batch: int, tokens: int, dtype: torch.dtype) -> tuple[State, Tensor]:
+        """See `CausalBlock.start`; one batch of 2B rows where both streams allow it."""
+        both = self._joint_context(ctx, batch)
+        if both is not None:
+            joint, first = self.block.start(both, 2 * batch, tokens, dtype)
+            positive, negative = first.chunk(2)
+            streams = _Streams(joint, None, None, _progress(tokens, first))
+        else:
+            p_state, positive = self.block.start(ctx, batch, tokens, dtype)
+            n_state, negative = self.negative_block.start(self._negative_context(ctx, batch), batch, tokens, dtype)
+            streams = _Streams(None, p_state, n_state, _progress(tokens, positive))
+        return streams, self._combine(positive, negative, streams.progress[:1])
+
+    def extend(self, u_new: Tensor, at: int, state: State) -> Tensor:
+        """See `CausalBlock.extend`."""
+        streams: _Streams = state
+        if streams.joint is not None:
+            positive, negative = self.block.extend(torch.cat([u_new, u_new]), at, streams.joint).chunk(2)
+        else:
+            positive = self.block.extend(u_new, at, streams.positive)
+            negative = self.negative_block.extend(u_new, at, streams.negative)
+        m = positive.shape[1]
+        progress = streams.progress[at + 1 : at + 1 + m]
+        if progress.shape[0] < m:  # parameters past the last token belong to no token
+            progress = torch.cat([progress, progress.new_ones(m - progress.shape[0])])
+        return self._combine(positive, negative, progress)
+
+    def _combine(self, positive: Tensor, negative: Tensor, progress: Tensor) -> Tensor:
+        p, n = self.block.coupling.affine(positive), self.negative_block.coupling.affine(negative)
+        if p is None or n is None:  # refused by __init__
+            raise ConfigError("guidance", type(self.guidance).__name__, "the coupling has no affine view.")
+        guided: AffineParams = self.guidance(p, n, progress)
+        return torch.stack([guided.log_scale, guided.shift], dim=-2)
+
+    def _negative_context(self, ctx: Context, batch: int) -> Context:
+        condition = self.negative_condition
+        if condition is None and ctx.condition is not None:
+            if ctx.condition.text is not None:
+                raise ConfigError("guidance.negative", None, "a block on its own does not know the null text.", "Use Flow.inverse, or give Negative(condition=...).")
+            if ctx.condition.labels is not None:
+                condition = Condition(labels=torch.full_like(ctx.condition.labels, -1))
+        own = self.guidance.negative.attention_temperature
+        return ctx.replace(condition=condition, attention_temperature=ctx.attention_temperature * own)
+
+    def _joint_context(self, ctx: Context, batch: int) -> Context | None:
+        """Both streams as one context of 2B rows, or None if they differ in a way that forbids it."""
+        if self.negative_block is not self.block:
+            return None
+        negative = self._negative_context(ctx, batch)
+        a, b = ctx.condition, negative.condition
+        joined: Condition | None = None
+        if a is not None or b is not None:
+            a, b = a or Condition(), b or Condition()
+            fields = []
+            for x, y in ((a.labels, b.labels), (a.text, b.text), (a.mask, b.mask)):
+                if (x is None) != (y is None) or (x is not None and y is not None and x.shape != y.shape):
+                    return None
+                fields.append(torch.cat([x, y]) if x is not None and y is not None else None)
+            joined = Condition(*fields)
+        t, tn = ctx.attention_temperature, negative.attention_temperature
+        if isinstance(t, Tensor) and isinstance(tn, Tensor):
+            temperature: float | Tensor = torch.cat([t, tn])
+        elif t == tn:
+            temperature = t
+        else:
+            temperature = torch.tensor([float(t)] * batch + [float(tn)] * batch)
+        return ctx.replace(condition=joined, attention_temperature=temperature)
+
+
+def _progress(tokens: int, like: Tensor) -> Tensor:
+    return torch.linspace(0.0, 1.0, tokens, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
