@@ -1,0 +1,326 @@
+"""The flow: an invertible normalisation, then causal blocks, each an exact bijection with a triangular Jacobian."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from srcflow.errors import ConfigError, ShapeError
+from srcflow.flows.block import TransformerBlock
+from srcflow.flows.denoise import tweedie
+from srcflow.flows.likelihood import normal_log_prob
+from srcflow.flows.normalization import Normalization
+from srcflow.guidance.base import Guidance
+from srcflow.guidance.guided import GuidedBlock
+from srcflow.nn.permutation import permute
+from srcflow.registry import Recorded
+from srcflow.solvers.base import Solver
+from srcflow.solvers.sequential import Sequential
+from srcflow.types import NULL_LABEL, BlockOutput, CausalBlock, Condition, Context, FlowOutput, Grid
+
+
+class GuidanceWarning(UserWarning):
+    """Guidance was asked for but cannot have an effect."""
+
+
+class Flow(nn.Module, metaclass=Recorded):
+    """A normalizing flow over tokens (B, N, d); `forward` goes from data to noise, `inverse` back.
+
+    Blocks are listed in the order of `forward`; the last one, on the noise side, is inverted first. `presets` builds the published models.
+
+    Args:
+        blocks: the causal blocks.
+        normalization: an invertible first layer (norm2), or None.
+        learn_prior: keep the prior's standard deviation as a running average of the noise's second moments, for volume-preserving flows
+            (TARFlow with `nvp=False`); otherwise the prior is standard normal.
+
+    Raises:
+        ConfigError: blocks disagree on channels, grid or the kind of condition.
+    """
+
+    prior_std: Tensor
+    null_text: Tensor | None
+    null_mask: Tensor | None
+
+    def __init__(self, blocks: list[TransformerBlock], normalization: Normalization | None = None, learn_prior: bool = False) -> None:
+        super().__init__()
+        if not blocks:
+            raise ConfigError("flow.blocks", blocks, "a flow has at least one block.")
+        self.blocks = nn.ModuleList(blocks)
+        self.normalization = normalization
+        self.learn_prior = learn_prior
+        self.channels, self.grid = blocks[0].channels, blocks[0].grid
+        for i, b in enumerate(blocks):
+            if (b.channels, b.grid) != (self.channels, self.grid):
+                raise ConfigError(f"flow.blocks[{i}]", (b.channels, b.grid), f"channels and grid differ from block 0's {(self.channels, self.grid)}.")
+        if normalization is not None and normalization.channels != self.channels:
+            raise ConfigError("flow.normalization.channels", normalization.channels, f"the blocks have channels = {self.channels}.")
+        kinds = {b.conditioner.kind for b in blocks if b.conditioner is not None}
+        if len(kinds) > 1:
+            raise ConfigError("flow.blocks", sorted(kinds), "blocks read different kinds of condition.")
+        self.kind = next(iter(kinds), None)
+        self.register_buffer("prior_std", torch.ones(self.grid[0] * self.grid[1], self.channels))
+        self.register_buffer("null_text", None)
+        self.register_buffer("null_mask", None)
+
+    @property
+    def deep(self) -> int:
+        """Index of the deepest block (the last one among equals)."""
+        depths = [b.layer_count for b in self._blocks()]
+        return max(range(len(depths)), key=lambda i: (depths[i], i))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes the flow is conditioned on; 0 if it is not."""
+        return next((int(b.conditioner.num_classes) for b in self._blocks() if b.conditioner is not None and b.conditioner.kind == "labels"), 0)  # type: ignore[arg-type]
+
+    def set_null(self, text: Tensor, mask: Tensor | None = None) -> None:
+        """Set the null text (L, T) and its mask (L,): used for label -1, for condition=None and as the default negative.
+
+        Raises:
+            ConfigError: the flow is not conditioned on text.
+        """
+        if self.kind != "text":
+            raise ConfigError("set_null", self.kind, "only flows conditioned on text have a null text.")
+        if text.ndim != 2 or (mask is not None and mask.shape != text.shape[:1]):
+            raise ShapeError(f"the null text is (L, T) with a mask (L,), not {tuple(text.shape)} and {None if mask is None else tuple(mask.shape)}.")
+        device = self.prior_std.device
+        self.null_text = text.detach().clone().to(device)
+        self.null_mask = None if mask is None else mask.detach().clone().to(device)
+
+    def resolve(self, condition: Condition | None, batch: int) -> Condition | None:
+        """The condition with every null filled in, for `batch` rows; None for an unconditional flow.
+
+        Raises:
+            ConfigError: the condition is not of the flow's kind, or a null text is needed and not set.
+            ShapeError: its number of rows is not `batch`.
+        """
+        given = Condition() if condition is None else condition
+        if self.kind is None:
+            if given.labels is not None or given.text is not None:
+                raise ConfigError("condition", "labels" if given.labels is not None else "text", "this flow is unconditional.", "Pass no condition.")
+            return None
+        device = self.prior_std.device
+        given = given.to(device)
+        for name, field in (("labels", given.labels), ("text", given.text)):
+            if field is not None and field.shape[0] != batch:
+                raise ShapeError(f"condition.{name} has {field.shape[0]} rows for a batch of {batch}.")
+        if self.kind == "labels":
+            if given.text is not None:
+                raise ConfigError("condition.text", tuple(given.text.shape), "this flow is conditioned on class labels.")
+            labels = given.labels if given.labels is not None else torch.full((batch,), NULL_LABEL, device=device)
+            if labels.device.type == "cpu" and labels.numel() and not (NULL_LABEL <= int(labels.min()) and int(labels.max()) < self.num_classes):
+                raise ConfigError("condition.labels", (int(labels.min()), int(labels.max())), f"labels lie in -1 .. {self.num_classes - 1}.")
+            return Condition(labels=labels)
+        null = None if given.labels is None else given.labels < 0
+        if given.text is not None and null is None:
+            return Condition(text=given.text, mask=given.mask)
+        if self.null_text is None:
+            raise ConfigError("condition.text", None, "the null text is not known.", "Call Flow.set_null(text), or give Condition(text=...).")
+        rows, mask = self.null_text.expand(batch, -1, -1), None if self.null_mask is None else self.null_mask.expand(batch, -1)
+        if given.text is None or null is None:
+            return Condition(text=rows, mask=mask)
+        if given.text.shape[1:] != rows.shape[1:]:
+            raise ShapeError(f"condition.text is {tuple(given.text.shape)}, the null text {tuple(self.null_text.shape)}: pad them to one length.")
+        text = torch.where(null[:, None, None], rows.to(given.text.dtype), given.text)
+        if given.mask is None and mask is None:
+            return Condition(text=text)
+        ones = torch.ones(text.shape[:2], dtype=torch.bool, device=device)
+        merged = torch.where(null[:, None], ones if mask is None else mask, ones if given.mask is None else given.mask)
+        return Condition(text=text, mask=merged)
+
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first layer alone: y (B, N, d) and its log-determinant (B,)."""
+        if self.normalization is None:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return x, x.new_zeros(x.shape[0], dtype=dtype)
+        return self.normalization(x)
+
+    def blocks_forward(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> list[BlockOutput]:
+        """Every block's output from data x (B, N, d), in the order of `forward`; the normalisation comes before the first."""
+        ctx = self._context(x, condition, grid, 1.0)
+        y, _ = self.normalize(x)
+        return self._blocks_forward(y, ctx)
+
+    def forward(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> FlowOutput:
+        """Data to noise.
+
+        Args:
+            x: (B, N, d) data tokens in raster order.
+            condition: labels or text; None means the null condition.
+            grid: (rows, columns) of the tokens; None means the grid the flow was built for.
+
+        Returns:
+            z (B, N, d) and the log-determinant (B,) in nats.
+
+        Raises:
+            ShapeError: x does not fit the channels or the grid.
+        """
+        ctx = self._context(x, condition, grid, 1.0)
+        y, logdet = self.normalize(x)
+        outputs = self._blocks_forward(y, ctx)
+        for o in outputs:
+            logdet = logdet + o.logdet.flatten(1).sum(1)
+        return FlowOutput(outputs[-1].z, logdet)
+
+    def log_prob(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> Tensor:
+        """Log-density (B,) of data x (B, N, d) in nats, under the (possibly learned) prior."""
+        out = self(x, condition, grid=grid)
+        return normal_log_prob(out.z, self._prior(out.z.shape[1])) + out.logdet
+
+    @torch.no_grad()
+    def inverse(
+        self,
+        z: Tensor,
+        condition: Condition | None = None,
+        *,
+        grid: Grid | None = None,
+        guidance: Guidance | None = None,
+        solver: Solver | None = None,
+        temperature: float = 1.0,
+        attention_temperature: float | Tensor = 1.0,
+    ) -> Tensor:
+        """Noise to data.
+
+        Args:
+            z: (B, N, d) noise in raster order. For a learned prior multiply standard normal noise by `prior_std` first.
+            condition: labels or text; None means the null condition.
+            grid: (rows, columns) of the tokens; None means the grid the flow was built for.
+            guidance: how to move away from a negative stream.
+            solver: how a block is inverted; None means `Sequential()`.
+            temperature: multiplies z.
+            attention_temperature: divides the attention logits in every block and stream; a number or (B,).
+
+        Returns:
+            (B, N, d) data.
+        """
+        last = self.blocks_inverse(
+            z,
+            condition,
+            grid=grid,
+            guidance=guidance,
+            solver=solver,
+            temperature=temperature,
+            attention_temperature=attention_temperature,
+        )[-1]
+        return last if self.normalization is None else self.normalization.inverse(last)
+
+    @torch.no_grad()
+    def blocks_inverse(
+        self,
+        z: Tensor,
+        condition: Condition | None = None,
+        *,
+        grid: Grid | None = None,
+        guidance: Guidance | None = None,
+        solver: Solver | None = None,
+        temperature: float = 1.0,
+        attention_temperature: float | Tensor = 1.0,
+    ) -> list[Tensor]:
+        """What each block's inversion gives, (B, N, d) in raster order, noise-side block first; before the normalisation is undone.
+
+        Arguments as `inverse`.
+        """
+        ctx = self._context(z, condition, grid, attention_temperature)
+        solver = Sequential() if solver is None else solver
+        guided = self._guided_blocks(guidance)
+        negative = self._negative(guidance, z.shape[0]) if guidance is not None and guided else None
+        x, outputs = z * temperature, []
+        for k in reversed(range(len(self.blocks))):
+            block: CausalBlock = self._blocks()[k]
+            order = self._blocks()[k].order
+            if guidance is not None and k in guided:
+                other = guidance.negative.flow
+                negative_block = other._blocks()[k] if isinstance(other, Flow) else None
+                block = GuidedBlock(block, guidance, negative_block=negative_block, negative_condition=negative)
+            u = solver(block, permute(x, order), ctx).u
+            x = permute(u, order)
+            outputs.append(x)
+        return outputs
+
+    def denoise(self, x: Tensor, sigma: float, condition: Condition | None = None, *, grid: Grid | None = None) -> Tensor:
+        """One-step score denoising of x (B, N, d); see `flows.denoise.tweedie`."""
+        return tweedie(self, x, sigma, condition, grid=grid)
+
+    @torch.no_grad()
+    def update_prior(self, z: Tensor, rate: float = 0.1) -> None:
+        """Move prior_std^2 towards the second moments of z (B, N, d) by `rate` (TARFlow's rule, E7); only if `learn_prior`."""
+        if self.learn_prior:
+            self.prior_std.copy_(self.prior_std.square().lerp(z.detach().square().mean(0).to(self.prior_std.dtype), rate).sqrt())
+
+    def set_checkpointing(self, every: int) -> None:
+        """Recompute every `every`-th layer's activations in the backward pass; 0 switches it off."""
+        for b in self._blocks():
+            b.checkpoint_every = every
+
+    def compile_layers(self) -> None:
+        """torch.compile each transformer layer; parameter names stay as they are."""
+        for b in self._blocks():
+            if b.layer_count:
+                for layer in b.layers:
+                    layer.compile()
+
+    def _blocks(self) -> list[TransformerBlock]:
+        return list(self.blocks)  # type: ignore[arg-type]  # only TransformerBlocks are put in
+
+    def _blocks_forward(self, x: Tensor, ctx: Context) -> list[BlockOutput]:
+        outputs = []
+        for block in self._blocks():
+            u = permute(x, block.order)
+            params = block.params(u, ctx)
+            z, logdet = block.coupling.forward(u, params)
+            x = permute(z, block.order)
+            outputs.append(BlockOutput(x, params, logdet))
+        return outputs
+
+    def _context(self, x: Tensor, condition: Condition | None, grid: Grid | None, attention_temperature: float | Tensor) -> Context:
+        grid = self.grid if grid is None else (int(grid[0]), int(grid[1]))
+        if x.ndim != 3 or x.shape[2] != self.channels or x.shape[1] != grid[0] * grid[1]:
+            raise ShapeError(f"tokens {tuple(x.shape)} do not fit (B, {grid[0]} x {grid[1]}, channels = {self.channels}).")
+        return Context(self.resolve(condition, x.shape[0]), grid, attention_temperature)
+
+    def _prior(self, tokens: int) -> Tensor | None:
+        if not self.learn_prior:
+            return None
+        if tokens != self.prior_std.shape[0]:
+            raise ShapeError(f"the learned prior has {self.prior_std.shape[0]} tokens, the data {tokens}.")
+        return self.prior_std
+
+    def _guided_blocks(self, guidance: Guidance | None) -> set[int]:
+        if guidance is None or guidance.strength.is_zero:
+            return set()
+        negative = guidance.negative
+        other = negative.flow
+        if other is not None and (not isinstance(other, Flow) or len(other.blocks) != len(self.blocks) or other.channels != self.channels):
+            raise ConfigError("guidance.negative.flow", type(other).__name__, "is not a Flow with the same blocks and channels.")
+        blocks = self._blocks()
+        if guidance.blocks == "all":
+            chosen = {i for i, b in enumerate(blocks) if b.layer_count}
+        elif guidance.blocks == "deep":
+            chosen = {self.deep}
+        else:
+            chosen = {i for i, b in enumerate(blocks) if b.conditioned}
+        if other is None and negative.attention_temperature == 1.0:
+            effective = {i for i in chosen if blocks[i].conditioned}  # elsewhere both streams are the same
+        else:
+            effective = chosen
+        if not effective:
+            why = "no block sees a condition" if self.kind is None else "the blocks it names see no condition"
+            warnings.warn(
+                f"{guidance!r} has no effect: {why} and the negative stream differs in nothing else. Give negative an attention_temperature or a "
+                'flow, or name other blocks ("all", "deep").',
+                GuidanceWarning,
+                stacklevel=3,
+            )
+        return effective
+
+    def _negative(self, guidance: Guidance | None, batch: int) -> Condition | None:
+        if guidance is None:
+            return None
+        flow = guidance.negative.flow if isinstance(guidance.negative.flow, Flow) else self
+        condition = guidance.negative.condition
+        if condition is not None and len(condition) == 1 and batch != 1:
+            condition = condition.index(torch.zeros(batch, dtype=torch.long))
+        return flow.resolve(condition, batch)

@@ -1,0 +1,27 @@
+"""Densities: the flow's prior, and the training loss."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from srcflow.types import FlowOutput
+
+LOG_2PI = math.log(2.0 * math.pi)
+
+
+def normal_log_prob(z: Tensor, std: Tensor | None = None) -> Tensor:
+    """Log-density (B,) of z (B, N, d) under independent normals of mean 0 and standard deviation `std` (N, d), in nats, at least float32."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    constant = 0.5 * z[0].numel() * LOG_2PI
+    if std is None:
+        return -0.5 * z.square().flatten(1).sum(1) - constant
+    std = std.to(z.dtype)
+    return -0.5 * (z / std).square().flatten(1).sum(1) - std.log().sum() - constant
+
+
+def nll_per_dim(out: FlowOutput) -> Tensor:
+    """Negative log-likelihood (B,) in nats per dimension under the standard normal prior, constant included (E15)."""
+    return -(normal_log_prob(out.z) + out.logdet) / out.z[0].numel()
