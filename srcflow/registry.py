@@ -51,13 +51,15 @@ class Recorded(ABCMeta):
         if "_recorded_spec" not in obj.__dict__:
             bound = _signature(cls).bind(None, *args, **kwargs)
             bound.apply_defaults()
-            arguments = {k: v for k, v in list(bound.arguments.items())[1:]}
+            arguments = dict(list(bound.arguments.items())[1:])
             object.__setattr__(obj, "_recorded_spec", (f"{cls.__module__}.{cls.__qualname__}", arguments))
         return obj
 
 
 @functools.cache
 def _signature(cls: type) -> inspect.Signature:
+    if cls.__init__ is object.__init__:  # type: ignore[misc]  # no constructor of its own; object's pretends to take anything
+        return inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)])
     return inspect.signature(cls.__init__)  # type: ignore[misc]  # the class's own constructor, whatever it is
 
 
@@ -120,11 +122,15 @@ def build(spec: Spec | str, base: type[T], *, key: str = "") -> T:
         spec = {"class_path": spec}
     unknown = set(spec) - {"class_path", "init_args"}
     if "class_path" not in spec or unknown:
-        raise ConfigError(key, spec, "a specification has the keys class_path and init_args.", f"Remove {sorted(unknown)}." if unknown else "")
+        cure = f"Remove {sorted(unknown)}." if unknown else ""
+        raise ConfigError(key, spec, "a specification has the keys class_path and init_args.", cure)
     target = resolve(str(spec["class_path"]), base, key=key)
     init = {k: _built(v, f"{key}.{k}") for k, v in (spec.get("init_args") or {}).items()}
     try:
-        inspect.signature(target if not isinstance(target, type) else target.__init__).bind(*([None] if isinstance(target, type) else []), **init)  # type: ignore[misc]
+        if isinstance(target, type):
+            _signature(target).bind(None, **init)
+        else:
+            inspect.signature(target).bind(**init)
     except TypeError as e:
         raise ConfigError(f"{key}.init_args", init, f"{spec['class_path']} does not take these: {e}.") from e
     obj = target(**init)
@@ -210,8 +216,8 @@ def _load(family: str) -> tuple[dict[str, Member], list[Broken]]:
             broken.append(Broken(family, ep.name, dist, f"the entry point's name must be the class's own, {cls.__name__}"))
         elif ep.name in found and found[ep.name].cls is not cls:
             raise DuplicateNameError(
-                f"{family}: the name {ep.name} is registered by {found[ep.name].distribution} ({found[ep.name].cls.__module__}) and by {dist} "
-                f"({ep.value}). Rename one, or uninstall one of the two."
+                f"{family}: the name {ep.name} is registered by {found[ep.name].distribution} ({found[ep.name].cls.__module__}) "
+                f"and by {dist} ({ep.value}). Rename one, or uninstall one of the two."
             )
         else:
             found[ep.name] = Member(family, ep.name, dist, cls)
