@@ -114,7 +114,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> 
     """
     own = module.state_dict()
     lines = [f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
-    lines += [f"{k}: shape {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    lines += [
+        f"{k}: shape {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape
+    ]
     if lines:
         raise ArtifactError(f"{what}: the weights do not fit {type(module).__name__}:\n  " + "\n  ".join(lines))
     module.load_state_dict(dict(state))
@@ -141,7 +143,9 @@ def check(path: str | os.PathLike[str]) -> Path:
     """
     root = Path(path)
     if not root.is_dir():
-        raise ArtifactError(f"{root} does not exist. A stage writes it at the end of `srcflow fit`; `srcflow export` makes one from a checkpoint.")
+        raise ArtifactError(
+            f"{root} does not exist. A stage writes it at the end of `srcflow fit`; `srcflow export` makes one from a checkpoint."
+        )
     missing = [f for f in (CONFIG, MODEL, MANIFEST) if not (root / f).exists()]
     if missing:
         raise ArtifactError(f"{root} is not a complete artifact: {', '.join(missing)} missing.")
@@ -189,7 +193,9 @@ def built_on(path: str | os.PathLike[str], role: str, override: str | os.PathLik
     found = content_hash(check(place))
     if found != recorded["hash"]:
         raise ManifestMismatchError(
-            f"{role} {place}", {"hash": (recorded["hash"], found)}, f"{path} was built on another {role}; name the right one or train again."
+            f"{role} {place}",
+            {"hash": (recorded["hash"], found)},
+            f"{path} was built on another {role}; name the right one or train again.",
         )
     return place
 
@@ -201,7 +207,9 @@ def revision() -> str | None:
         return None
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True, timeout=10
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+changes" if dirty.strip() else "")

@@ -35,7 +35,17 @@ class Layer(nn.Module):
     """A pre-norm transformer layer: x += attention(norm(x)); x += mlp(norm(x)), each branch optionally normalised again before it is added."""
 
     def __init__(
-        self, width: int, head_dim: int, heads: int, kv_heads: int, expansion: float, norm: NormName, mlp: MLPName, qk_norm: bool, post_norm: bool, bias: bool
+        self,
+        width: int,
+        head_dim: int,
+        heads: int,
+        kv_heads: int,
+        expansion: float,
+        norm: NormName,
+        mlp: MLPName,
+        qk_norm: bool,
+        post_norm: bool,
+        bias: bool,
     ) -> None:
         super().__init__()
         self.norm1 = make_norm(norm, width)
@@ -131,7 +141,11 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
         clip_what: Literal["log_scale", "both"] = "log_scale",
     ) -> None:
         super().__init__()
-        for key, value, known in (("start", start, ("shift", "sos")), ("order", order, ("raster", "reverse")), ("clip_what", clip_what, ("log_scale", "both"))):
+        for key, value, known in (
+            ("start", start, ("shift", "sos")),
+            ("order", order, ("raster", "reverse")),
+            ("clip_what", clip_what, ("log_scale", "both")),
+        ):
             if value not in known:
                 raise ConfigError(f"block.{key}", value, "unknown.", f"Known: {', '.join(known)}.")
         if heads is None and width % head_dim:
@@ -151,7 +165,8 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
         self.proj_in = nn.Linear(channels, width)
         self.sos = nn.Parameter(torch.randn(channels)) if start == "sos" else None
         self.layers = nn.ModuleList(
-            Layer(width, head_dim, heads, heads if kv_heads is None else kv_heads, expansion, norm, mlp, qk_norm, post_norm, bias) for _ in range(layers)
+            Layer(width, head_dim, heads, heads if kv_heads is None else kv_heads, expansion, norm, mlp, qk_norm, post_norm, bias)
+            for _ in range(layers)
         )
         self.final_norm = RMSNorm(width) if final_norm else nn.Identity()
         self.head = nn.Linear(width, p * channels)
@@ -182,7 +197,9 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
     def start(self, ctx: Context, batch: int, tokens: int, dtype: torch.dtype) -> tuple[State, Tensor]:
         """A fresh state and the first token's parameters (B, 1, p, d). See `CausalBlock.start`."""
         if self.layer_count == 0:
-            return _Run([], _Prepared(None, None, None, None, 1.0), tokens), self._zeros(torch.empty(batch, 1, self.channels, dtype=dtype), 1)
+            return _Run([], _Prepared(None, None, None, None, 1.0), tokens), self._zeros(
+                torch.empty(batch, 1, self.channels, dtype=dtype), 1
+            )
         device = self.proj_in.weight.device
         prepared = self._prepare(ctx, tokens, device)
         prefix = 0 if prepared.prefix is None else prepared.prefix.shape[1]
@@ -260,7 +277,9 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
         with torch.autocast(h.device.type, enabled=False):
             dtype = torch.promote_types(torch.promote_types(h.dtype, self.head.weight.dtype), torch.float32)
             h = self.final_norm(h.to(dtype))
-            out = F.linear(h, self.head.weight.to(dtype), self.head.bias.to(dtype)).unflatten(-1, (self.coupling.params_per_channel, self.channels))
+            out = F.linear(h, self.head.weight.to(dtype), self.head.bias.to(dtype)).unflatten(
+                -1, (self.coupling.params_per_channel, self.channels)
+            )
             return soft_clip(out, self.clip, None if self.clip_what == "both" else self.coupling.scale_rows)
 
     def _zeros(self, like: Tensor, tokens: int) -> Tensor:

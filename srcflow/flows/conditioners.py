@@ -109,7 +109,9 @@ class TextPrefix(Conditioner):
         """See `Conditioner.prefix`."""
         text = condition.text
         if text is None:
-            raise ConfigError("condition.text", None, "this block is conditioned on text.", "Give Condition(text=...), or call Flow.set_null.")
+            raise ConfigError(
+                "condition.text", None, "this block is conditioned on text.", "Give Condition(text=...), or call Flow.set_null."
+            )
         if condition.mask is not None:
             text = text * condition.mask[..., None].to(text.dtype)
         return self.proj(text.to(self.proj.weight.dtype))
@@ -117,5 +119,7 @@ class TextPrefix(Conditioner):
 
 def _labels(condition: Condition) -> Tensor:
     if condition.labels is None:
-        raise ConfigError("condition.labels", None, "this block is conditioned on classes.", "Give Condition(labels=...), -1 for the null class.")
+        raise ConfigError(
+            "condition.labels", None, "this block is conditioned on classes.", "Give Condition(labels=...), -1 for the null class."
+        )
     return condition.labels

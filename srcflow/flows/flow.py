@@ -54,7 +54,9 @@ class Flow(nn.Module, metaclass=Recorded):
         self.channels, self.grid = blocks[0].channels, blocks[0].grid
         for i, b in enumerate(blocks):
             if (b.channels, b.grid) != (self.channels, self.grid):
-                raise ConfigError(f"flow.blocks[{i}]", (b.channels, b.grid), f"channels and grid differ from block 0's {(self.channels, self.grid)}.")
+                raise ConfigError(
+                    f"flow.blocks[{i}]", (b.channels, b.grid), f"channels and grid differ from block 0's {(self.channels, self.grid)}."
+                )
         if normalization is not None and normalization.channels != self.channels:
             raise ConfigError("flow.normalization.channels", normalization.channels, f"the blocks have channels = {self.channels}.")
         kinds = {b.conditioner.kind for b in blocks if b.conditioner is not None}
@@ -74,7 +76,9 @@ class Flow(nn.Module, metaclass=Recorded):
     @property
     def num_classes(self) -> int:
         """Number of classes the flow is conditioned on; 0 if it is not."""
-        return next((int(b.conditioner.num_classes) for b in self._blocks() if b.conditioner is not None and b.conditioner.kind == "labels"), 0)  # type: ignore[arg-type]
+        return next(
+            (int(b.conditioner.num_classes) for b in self._blocks() if b.conditioner is not None and b.conditioner.kind == "labels"), 0
+        )  # type: ignore[arg-type]
 
     def set_null(self, text: Tensor, mask: Tensor | None = None) -> None:
         """Set the null text (L, T) and its mask (L,): used for label -1, for condition=None and as the default negative.
@@ -85,7 +89,9 @@ class Flow(nn.Module, metaclass=Recorded):
         if self.kind != "text":
             raise ConfigError("set_null", self.kind, "only flows conditioned on text have a null text.")
         if text.ndim != 2 or (mask is not None and mask.shape != text.shape[:1]):
-            raise ShapeError(f"the null text is (L, T) with a mask (L,), not {tuple(text.shape)} and {None if mask is None else tuple(mask.shape)}.")
+            raise ShapeError(
+                f"the null text is (L, T) with a mask (L,), not {tuple(text.shape)} and {None if mask is None else tuple(mask.shape)}."
+            )
         device = self.prior_std.device
         self.null_text = text.detach().clone().to(device)
         self.null_mask = None if mask is None else mask.detach().clone().to(device)
@@ -100,7 +106,9 @@ class Flow(nn.Module, metaclass=Recorded):
         given = Condition() if condition is None else condition
         if self.kind is None:
             if given.labels is not None or given.text is not None:
-                raise ConfigError("condition", "labels" if given.labels is not None else "text", "this flow is unconditional.", "Pass no condition.")
+                raise ConfigError(
+                    "condition", "labels" if given.labels is not None else "text", "this flow is unconditional.", "Pass no condition."
+                )
             return None
         device = self.prior_std.device
         given = given.to(device)
@@ -111,19 +119,29 @@ class Flow(nn.Module, metaclass=Recorded):
             if given.text is not None:
                 raise ConfigError("condition.text", tuple(given.text.shape), "this flow is conditioned on class labels.")
             labels = given.labels if given.labels is not None else torch.full((batch,), NULL_LABEL, device=device)
-            if labels.device.type == "cpu" and labels.numel() and not (NULL_LABEL <= int(labels.min()) and int(labels.max()) < self.num_classes):
-                raise ConfigError("condition.labels", (int(labels.min()), int(labels.max())), f"labels lie in -1 .. {self.num_classes - 1}.")
+            if (
+                labels.device.type == "cpu"
+                and labels.numel()
+                and not (int(labels.min()) >= NULL_LABEL and int(labels.max()) < self.num_classes)
+            ):
+                raise ConfigError(
+                    "condition.labels", (int(labels.min()), int(labels.max())), f"labels lie in -1 .. {self.num_classes - 1}."
+                )
             return Condition(labels=labels)
         null = None if given.labels is None else given.labels < 0
         if given.text is not None and null is None:
             return Condition(text=given.text, mask=given.mask)
         if self.null_text is None:
-            raise ConfigError("condition.text", None, "the null text is not known.", "Call Flow.set_null(text), or give Condition(text=...).")
+            raise ConfigError(
+                "condition.text", None, "the null text is not known.", "Call Flow.set_null(text), or give Condition(text=...)."
+            )
         rows, mask = self.null_text.expand(batch, -1, -1), None if self.null_mask is None else self.null_mask.expand(batch, -1)
         if given.text is None or null is None:
             return Condition(text=rows, mask=mask)
         if given.text.shape[1:] != rows.shape[1:]:
-            raise ShapeError(f"condition.text is {tuple(given.text.shape)}, the null text {tuple(self.null_text.shape)}: pad them to one length.")
+            raise ShapeError(
+                f"condition.text is {tuple(given.text.shape)}, the null text {tuple(self.null_text.shape)}: pad them to one length."
+            )
         text = torch.where(null[:, None, None], rows.to(given.text.dtype), given.text)
         if given.mask is None and mask is None:
             return Condition(text=text)

@@ -44,11 +44,16 @@ class Normalization(nn.Module, metaclass=Recorded):
     def _check(self, mean: Tensor, covariance: Tensor) -> None:
         d = self.channels
         if mean.shape != (d,) or covariance.shape != (d, d):
-            raise ShapeError(f"normalization.channels = {d}: the codes' mean is {tuple(mean.shape)} and their covariance {tuple(covariance.shape)}.")
+            raise ShapeError(
+                f"normalization.channels = {d}: the codes' mean is {tuple(mean.shape)} and their covariance {tuple(covariance.shape)}."
+            )
         smallest = float(covariance.diagonal().min())
         if not smallest > 0:
             raise ConfigError(
-                "flow.normalization", smallest, "a channel of the codes does not vary, so its density is infinite.", "Use fewer code channels, or more noise."
+                "flow.normalization",
+                smallest,
+                "a channel of the codes does not vary, so its density is infinite.",
+                "Use fewer code channels, or more noise.",
             )
 
 
@@ -109,7 +114,9 @@ class Whitening(Normalization):
         self._check(mean, covariance)
         values, vectors = torch.linalg.eigh(covariance.double())
         if not float(values.min()) > 1e-10 * float(values.max()):
-            raise ConfigError("flow.normalization", float(values.min()), "the codes' covariance is singular.", "Use fewer code channels, or more noise.")
+            raise ConfigError(
+                "flow.normalization", float(values.min()), "the codes' covariance is singular.", "Use fewer code channels, or more noise."
+            )
         self.mean.copy_(mean)
         self.weight.copy_(vectors @ values.rsqrt().diag() @ vectors.T)
         self.inverse_weight.copy_(vectors @ values.sqrt().diag() @ vectors.T)

@@ -44,7 +44,9 @@ class Learned(Positions):
     def table(self, grid: Grid, order: Order) -> Tensor:
         """See `Positions.table`."""
         if tuple(grid) != self.grid:
-            raise ShapeError(f"learned positions were built for the grid {self.grid}, not {tuple(grid)}; use rotary positions for other sizes.")
+            raise ShapeError(
+                f"learned positions were built for the grid {self.grid}, not {tuple(grid)}; use rotary positions for other sizes."
+            )
         return permute(self.weight[None], order)
 
     def rotation(self, grid: Grid, prefix: int, head_dim: int, device: torch.device) -> None:

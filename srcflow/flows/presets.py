@@ -101,7 +101,9 @@ def starflow(
         deep_width: width of the last block; None means `width`.
     """
     if text_dim and num_classes:
-        raise ConfigError("starflow.text_dim, num_classes", (text_dim, num_classes), "a model takes text or classes.", "Set one of the two to 0.")
+        raise ConfigError(
+            "starflow.text_dim, num_classes", (text_dim, num_classes), "a model takes text or classes.", "Set one of the two to 0."
+        )
     g = _grid(grid)
     depths = [2, 2, 2, 2, 2, 24] if layers is None else layers
     built = []
@@ -168,7 +170,9 @@ def srcflow(
     """
     g = _grid(grid)
     depths = [2, 2, 2, 2, 2, 18] if layers is None else layers
-    norm2: Normalization | None = {"channel": ChannelNormalization, "whitening": Whitening}[normalization](channels) if normalization != "none" else None
+    norm2: Normalization | None = (
+        {"channel": ChannelNormalization, "whitening": Whitening}[normalization](channels) if normalization != "none" else None
+    )
     built = []
     for k, depth in enumerate(depths):
         conditioner: Conditioner | None = None

@@ -106,7 +106,12 @@ class GuidedBlock:
         condition = self.negative_condition
         if condition is None and ctx.condition is not None:
             if ctx.condition.text is not None:
-                raise ConfigError("guidance.negative", None, "a block on its own does not know the null text.", "Use Flow.inverse, or give Negative(condition=...).")
+                raise ConfigError(
+                    "guidance.negative",
+                    None,
+                    "a block on its own does not know the null text.",
+                    "Use Flow.inverse, or give Negative(condition=...).",
+                )
             if ctx.condition.labels is not None:
                 condition = Condition(labels=torch.full_like(ctx.condition.labels, -1))
         own = self.guidance.negative.attention_temperature

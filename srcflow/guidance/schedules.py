@@ -75,7 +75,9 @@ class Interval(Schedule):
 
     def __init__(self, strength: float, start: float = 0.0, stop: float = 1.0) -> None:
         if not 0 <= start <= stop <= 1:
-            raise ConfigError("schedule.start/stop", (start, stop), "an interval of progress lies in [0, 1].", "Write 0 <= start <= stop <= 1.")
+            raise ConfigError(
+                "schedule.start/stop", (start, stop), "an interval of progress lies in [0, 1].", "Write 0 <= start <= stop <= 1."
+            )
         self.strength, self.start, self.stop = strength, start, stop
 
     def __call__(self, progress: Tensor) -> Tensor:

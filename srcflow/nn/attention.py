@@ -59,7 +59,9 @@ class Attention(nn.Module):
         qk_norm: RMSNorm over the head dim of queries and keys, before the rotation.
     """
 
-    def __init__(self, width: int, head_dim: int, heads: int, kv_heads: int | None = None, bias: bool = True, qk_norm: bool = False) -> None:
+    def __init__(
+        self, width: int, head_dim: int, heads: int, kv_heads: int | None = None, bias: bool = True, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         if heads < 1 or kv_heads < 1 or heads % kv_heads:

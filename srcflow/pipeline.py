@@ -1,0 +1,420 @@
+"""The whole chain behind one object: images -> features -> codes -> noise, and back.
+
+    autoencoder.features + noise -> autoencoder.normalize -> compressor.compress -> flow.forward
+    flow.inverse -> compressor.expand -> autoencoder.decode
+
+Only this module knows the chain. It needs neither Lightning nor the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import srcflow
+from srcflow import artifacts, randomness
+from srcflow.autoencoders.base import Autoencoder
+from srcflow.compressors.base import Compressor
+from srcflow.compressors.identity import Identity
+from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, ShapeError
+from srcflow.flows.flow import Flow
+from srcflow.guidance.base import Guidance
+from srcflow.noise import Noise, draw
+from srcflow.solvers.base import Solver
+from srcflow.types import Condition, FlowOutput, Grid
+
+PARTS = {"autoencoder": Autoencoder, "compressor": Compressor, "flow": Flow}
+BUNDLE = "pipeline"
+
+
+class Pipeline:
+    """Autoencoder, compressor and flow, in eval mode.
+
+    >>> pipeline = Pipeline.from_pretrained("runs/demo/flow")        # doctest: +SKIP
+    >>> images = pipeline.sample(Condition(labels=torch.arange(10)), seed=0)   # (10, 3, H, W) in [0, 1]   # doctest: +SKIP
+
+    Args:
+        autoencoder: images <-> normalised features.
+        compressor: features <-> codes; None means Identity.
+        flow: codes <-> noise; None for a codec only (encode, decode, reconstruct).
+
+    Raises:
+        ConfigError: the widths or token counts of two parts disagree; names both.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, compressor: Compressor | None = None, flow: Flow | None = None) -> None:
+        self.autoencoder = autoencoder.eval()
+        self.compressor = (Identity(autoencoder.dim) if compressor is None else compressor).eval()
+        self.flow = None if flow is None else flow.eval()
+        check_chain(self.autoencoder, self.compressor, self.flow)
+        if self.autoencoder.needs_statistics:
+            raise ConfigError(
+                "autoencoder", type(autoencoder).__name__, "its latent statistics were never fitted.", "Run stage 0, or set_statistics."
+            )
+
+    # --- places ----------------------------------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str) -> Pipeline:
+        """Move every part; returns self."""
+        for part in (self.autoencoder, self.compressor, self.flow):
+            if part is not None:
+                part.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        for part in (self.autoencoder, self.compressor, self.flow):
+            for t in [] if part is None else [*part.parameters(), *part.buffers()]:
+                return t.device
+        return torch.device("cpu")
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        """(N, d) of the codes of an image of the nominal size."""
+        rows, columns = self.autoencoder.grid
+        return self.compressor.out_shape((rows * columns, self.autoencoder.dim))
+
+    # --- images <-> codes ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        noise: Noise | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | Tensor | None = None,
+        draw_number: int = 0,
+    ) -> Tensor:
+        """Codes (B, N, d) of images.
+
+        Args:
+            images: (B, 3, H, W), float in [0, 1] or uint8.
+            noise: noise law for the features, None for clean codes.
+            seed: of the noise.
+            indices: (B,) sample indices that key the noise; None means 0 .. B-1.
+            draw_number: which of a sample's draws.
+        """
+        raw, grid = self.autoencoder.features(self._images(images))
+        eps = draw(noise, raw, seed=seed, purpose="pipeline.noise", step=draw_number, indices=self._indices(indices, raw.shape[0]))
+        return self.compressor.compress(self.autoencoder.normalize(raw, eps), grid)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
+        """Images (B, 3, H, W), clamped to [0, 1], of codes (B, N, d)."""
+        grid = self.autoencoder.grid if grid is None else grid
+        return self.autoencoder.decode(self.compressor.expand(codes, grid), grid).float().clamp(0.0, 1.0)
+
+    def reconstruct(
+        self, images: Tensor, *, noise: Noise | None = None, seed: int = 0, indices: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
+        """Images to codes and back: (B, 3, H, W) in [0, 1]; arguments as `encode`."""
+        return self.decode(self.encode(images, noise=noise, seed=seed, indices=indices))
+
+    # --- the flow --------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: int | Condition,
+        *,
+        seed: int,
+        indices: Sequence[int] | Tensor | None = None,
+        guidance: Guidance | None = None,
+        solver: Solver | None = None,
+        temperature: float = 1.0,
+        attention_temperature: float = 1.0,
+    ) -> Tensor:
+        """Draw images.
+
+        Args:
+            condition: how many (under the null condition), or the condition of each.
+            seed: of the noise.
+            indices: (B,) sample indices that key the noise, so that a set may be made in parts; None means 0 .. B-1.
+            guidance: how to move away from a negative stream.
+            solver: how blocks are inverted; None means `Sequential()`.
+            temperature: multiplies the noise.
+            attention_temperature: divides the attention logits in every block.
+
+        Returns:
+            (B, 3, H, W) in [0, 1].
+        """
+        return self.decode(
+            self.sample_codes(
+                condition,
+                seed=seed,
+                indices=indices,
+                guidance=guidance,
+                solver=solver,
+                temperature=temperature,
+                attention_temperature=attention_temperature,
+            )
+        )
+
+    @torch.no_grad()
+    def sample_codes(
+        self,
+        condition: int | Condition,
+        *,
+        seed: int,
+        indices: Sequence[int] | Tensor | None = None,
+        guidance: Guidance | None = None,
+        solver: Solver | None = None,
+        temperature: float = 1.0,
+        attention_temperature: float = 1.0,
+    ) -> Tensor:
+        """Codes (B, N, d) drawn from the flow; arguments as `sample`."""
+        flow = self._flow()
+        n = condition if isinstance(condition, int) else len(condition)
+        z = randomness.normal(self.code_shape, seed=seed, purpose="sample", step=0, indices=self._indices(indices, n)).to(self.device)
+        if flow.learn_prior:
+            z = z * flow.prior_std
+        return flow.inverse(
+            z,
+            None if isinstance(condition, int) else condition,
+            guidance=guidance,
+            solver=solver,
+            temperature=temperature,
+            attention_temperature=attention_temperature,
+        )
+
+    @torch.no_grad()
+    def log_prob(
+        self,
+        images: Tensor,
+        condition: Condition | None = None,
+        *,
+        noise: Noise | None,
+        draws: int = 1,
+        seed: int = 0,
+        indices: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Expected log-density (B,) in nats of the noisy codes of images, over `draws` seeded noise draws.
+
+        This is a density of codes, not of pixels (unless the autoencoder is `PixelPatches`); compare it only between flows on one codec and noise.
+
+        Args:
+            images: (B, 3, H, W), float in [0, 1] or uint8.
+            condition: labels or text; None means the null condition.
+            noise: the noise the flow was trained under.
+            draws: noise draws per image.
+            seed: of the noise.
+            indices: (B,) sample indices that key the noise; None means 0 .. B-1.
+        """
+        if draws < 1:
+            raise ConfigError("draws", draws, "an expectation needs at least one draw.")
+        total = torch.zeros((), device=self.device)
+        for k in range(draws):
+            codes = self.encode(images, noise=noise, seed=seed, indices=indices, draw_number=k)
+            total = total + self._flow().log_prob(codes, condition)
+        return total / draws
+
+    @torch.no_grad()
+    def classify(
+        self, images: Tensor, *, noise: Noise | None, draws: int = 1, seed: int = 0, indices: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities (B, classes) of the classes given the image under a uniform prior, by Bayes' rule on the flow's likelihoods.
+
+        Every class sees the same noise draws. Arguments as `log_prob`.
+
+        Raises:
+            ConfigError: the flow is not class-conditional.
+        """
+        classes = self._flow().num_classes
+        if not classes:
+            raise ConfigError("flow.num_classes", 0, "only a class-conditional flow classifies.")
+        joint = torch.stack(
+            [
+                self.log_prob(
+                    images, Condition(labels=torch.full((images.shape[0],), y)), noise=noise, draws=draws, seed=seed, indices=indices
+                )
+                for y in range(classes)
+            ],
+            dim=1,
+        )
+        return joint.log_softmax(1)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        first: Tensor,
+        second: Tensor,
+        steps: int,
+        *,
+        condition: Condition | None = None,
+        noise: Noise | None = None,
+        seed: int = 0,
+        guidance: Guidance | None = None,
+        solver: Solver | None = None,
+    ) -> Tensor:
+        """Images (B, steps, 3, H, W) on the great circle between the noise of two images (B, 3, H, W) each.
+
+        Args:
+            first, second: the end points.
+            steps: number of images, end points included, at least 2.
+            condition: of both ends and of everything between them.
+            noise: added to the features before they are encoded; a flow trained under noise wants its own level here.
+            seed: of the noise.
+            guidance, solver: as `sample`; guidance moves the end points, too.
+        """
+        if steps < 2:
+            raise ConfigError("steps", steps, "an interpolation has at least its two end points.")
+        flow = self._flow()
+        a, b = (flow(self.encode(x, noise=noise, seed=seed), condition).z.flatten(1) for x in (first, second))
+        cosine = torch.nn.functional.cosine_similarity(a, b).clamp(-1 + 1e-6, 1 - 1e-6)
+        angle = torch.acos(cosine)[:, None]
+        frames = []
+        for t in torch.linspace(0.0, 1.0, steps).tolist():
+            z = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+            frames.append(self.decode(flow.inverse(z.reshape(-1, *self.code_shape), condition, guidance=guidance, solver=solver)))
+        return torch.stack(frames, dim=1)
+
+    @torch.no_grad()
+    def to_noise(self, codes: Tensor, condition: Condition | None = None) -> FlowOutput:
+        """The flow's noise z (B, N, d) and log-determinant (B,) of codes (B, N, d)."""
+        return self._flow()(codes, condition)
+
+    # --- directories -----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        weights: Literal["ema", "raw"] = "ema",
+        autoencoder: str | os.PathLike[str] | None = None,
+        compressor: str | os.PathLike[str] | None = None,
+    ) -> Pipeline:
+        """Load a bundle written by `save_pretrained`, or a stage's directory together with what it was built on.
+
+        Args:
+            path: the directory.
+            weights: averaged or raw weights of the last stage.
+            autoencoder: where the autoencoder's directory is now, if it moved.
+            compressor: where the compressor's directory is now, if it moved.
+
+        Raises:
+            ArtifactError: something is missing or damaged.
+            ManifestMismatchError: a part is not what the others were built on.
+        """
+        places = locate(path, autoencoder=autoencoder, compressor=compressor)
+        last = list(places)[-1]
+        kind: Literal["model", "raw"] = "raw" if weights == "raw" else "model"
+        parts: dict[str, Any] = {
+            role: artifacts.load(p, PARTS[role], weights=kind if role == last else "model") for role, p in places.items()
+        }
+        return cls(**parts)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
+        """Write all parts into one self-contained directory, which may be moved anywhere; returns it.
+
+        Raises:
+            ArtifactError: the directory exists and is not a bundle.
+        """
+        target = Path(path)
+        if target.exists() and any(target.iterdir()) and not _is_bundle(target):
+            raise ArtifactError(f"{target} exists and is not a pipeline; name another directory.")
+        work = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        hashes = {}
+        for role in PARTS:
+            part = getattr(self, role)
+            if part is not None:
+                artifacts.save(work / role, part)
+                hashes[role] = artifacts.content_hash(work / role)
+        manifest = {
+            "format": artifacts.FORMAT,
+            "kind": BUNDLE,
+            "srcflow": srcflow.__version__,
+            "revision": artifacts.revision(),
+            "parts": hashes,
+        }
+        (work / artifacts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        work.rename(target)
+        return target
+
+    def _flow(self) -> Flow:
+        if self.flow is None:
+            raise ConfigError("pipeline.flow", None, "this pipeline is a codec without a flow.", "Load the flow stage's directory.")
+        return self.flow
+
+    def _images(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ShapeError(f"images are (B, 3, H, W), not {tuple(images.shape)}.")
+        images = images.to(self.device)
+        return images.float() / 255 if images.dtype == torch.uint8 else images
+
+    @staticmethod
+    def _indices(indices: Sequence[int] | Tensor | None, n: int) -> Sequence[int] | Tensor:
+        if indices is None:
+            return range(n)
+        if len(indices) != n:
+            raise ShapeError(f"{len(indices)} indices for {n} samples.")
+        return indices
+
+
+def check_chain(autoencoder: Autoencoder, compressor: Compressor, flow: Flow | None) -> None:
+    """Refuse parts that do not fit together.
+
+    Raises:
+        ConfigError: names the two keys and values that disagree.
+    """
+    rows, columns = autoencoder.grid
+    if compressor.dim != autoencoder.dim:
+        raise ConfigError("compressor.dim", compressor.dim, f"the autoencoder's features have dim = {autoencoder.dim}.")
+    tokens, channels = compressor.out_shape((rows * columns, autoencoder.dim))
+    if flow is None:
+        return
+    if flow.channels != channels:
+        raise ConfigError("flow.channels", flow.channels, f"the compressor's codes have code_dim = {channels}.")
+    if flow.grid[0] * flow.grid[1] != tokens:
+        raise ConfigError("flow.grid", flow.grid, f"the autoencoder's grid is {autoencoder.grid}: {tokens} tokens.")
+
+
+def locate(
+    path: str | os.PathLike[str],
+    *,
+    autoencoder: str | os.PathLike[str] | None = None,
+    compressor: str | os.PathLike[str] | None = None,
+) -> dict[str, Path]:
+    """The directory of every part of the chain that ends in `path`, in the order autoencoder, compressor, flow; hashes checked.
+
+    Args:
+        path: a bundle, or the directory of a stage.
+        autoencoder: where the autoencoder is now, if it moved.
+        compressor: where the compressor is now, if it moved.
+    """
+    root = Path(path)
+    if _is_bundle(root):
+        recorded = json.loads((root / artifacts.MANIFEST).read_text())["parts"]
+        for role, wanted in recorded.items():
+            found = artifacts.content_hash(artifacts.check(root / role))
+            if found != wanted:
+                raise ManifestMismatchError(
+                    f"{root / role}", {"hash": (wanted, found)}, "The directory was changed or damaged after it was written."
+                )
+        return {role: root / role for role in PARTS if role in recorded}
+    manifest = artifacts.read_manifest(root)
+    built_on = manifest.get("built_on", {})
+    moved = {"autoencoder": autoencoder, "compressor": compressor}
+    places = {role: artifacts.built_on(root, role, moved[role]) for role in ("autoencoder", "compressor") if role in built_on}
+    own = "flow" if manifest["class"] == "Flow" else "compressor" if "autoencoder" in built_on else "autoencoder"
+    return {**places, own: root}
+
+
+def _is_bundle(root: Path) -> bool:
+    try:
+        return json.loads((root / artifacts.MANIFEST).read_text()).get("kind") == BUNDLE
+    except (OSError, ValueError):
+        return False
