@@ -1,0 +1,224 @@
+"""An exponential moving average of the trained parameters, and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from srcflow.callbacks.non_finite import step_was_skipped
+from srcflow.errors import ArtifactError, ConfigError
+
+RAW_STATE = "raw_state"
+"""Key of a checkpoint under which the trained (not averaged) values of the averaged parameters stand."""
+
+
+class EMA(L.Callback):
+    """Keeps a moving average of the trainable parameters; validation, sampling, checkpoints and artifacts use it.
+
+    Buffers and frozen parameters are not averaged. A checkpoint's `state_dict` holds the averaged weights, so `test --ckpt_path` evaluates
+    them with or without this callback, and its `raw_state` holds the trained ones, from which a resumed run goes on. After fit the module
+    itself holds the trained weights. Works under one process, DDP and FSDP2 (ModelParallelStrategy).
+
+    Args:
+        decay: weight of the old average at every step, e.g. 0.9999.
+        warmup: shorten the memory at the start: the decay is at most (1 + n) / (10 + n) after n steps.
+    """
+
+    def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError("ema.decay", decay, "must lie in [0, 1).")
+        self.decay, self.warmup = decay, warmup
+        self.updates = 0
+        self._shadow: dict[str, Tensor] = {}
+        self._backup: dict[str, Tensor] | None = None  # the trained weights while the module holds the average
+        self._restored: dict[str, dict[str, Tensor]] | None = None
+        self._step = 0
+
+    # --- following the training ------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from the present weights, or from both sets of a checkpoint."""
+        parameters = trained(pl_module)
+        if self._restored is not None:
+            raw, averaged = self._restored["raw"], self._restored["ema"]
+            missing = sorted(set(parameters) - set(raw))
+            if missing:
+                raise ArtifactError(
+                    f"{trainer.ckpt_path}: the checkpoint's {RAW_STATE} lacks {missing[:5]}{' ...' if missing[5:] else ''}."
+                )
+            # where the state_dict is sharded it is not at hand here, but the parameters were loaded from it
+            self._shadow = {k: like(averaged[k], p, wide=True) if k in averaged else _wide(p) for k, p in parameters.items()}
+            _copy(raw, parameters)
+            self._restored = None
+        elif trainer.global_step == 0 or set(self._shadow) != set(parameters):
+            self._shadow = {k: _wide(p) for k, p in parameters.items()}
+            self.updates = 0
+        self._step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Average, if the optimizer made a step."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if step_was_skipped(trainer) or not self._shadow:
+            return
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        parameters = trained(pl_module)
+        torch._foreach_lerp_(
+            list(self._shadow.values()), [parameters[k].detach().to(s.dtype) for k, s in self._shadow.items()], weight=1 - decay
+        )
+
+    # --- using the average -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def swap_in(self, pl_module: L.LightningModule) -> None:
+        """Put the average into the module (nothing happens if it is there already, or if there is none)."""
+        if self._backup is None and self._shadow:
+            parameters = trained(pl_module)
+            self._backup = {k: p.detach().clone() for k, p in parameters.items()}
+            for k, s in self._shadow.items():
+                parameters[k].copy_(s)
+
+    @torch.no_grad()
+    def swap_out(self, pl_module: L.LightningModule) -> None:
+        """Put the trained weights back."""
+        if self._backup is not None:
+            parameters = trained(pl_module)
+            for k, p in self._backup.items():
+                parameters[k].copy_(p)
+            self._backup = None
+
+    @contextmanager
+    def averaged(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """The module holds the average inside this block."""
+        outer = self._backup is not None
+        self.swap_in(pl_module)
+        try:
+            yield
+        finally:
+            if not outer:
+                self.swap_out(pl_module)
+
+    def weights(self, pl_module: L.LightningModule, kind: Literal["ema", "raw"]) -> dict[str, Tensor]:
+        """The averaged or the trained values of the trainable parameters, by name; sharded ones are gathered (on every rank)."""
+        if kind == "ema" and self._shadow:
+            source: Mapping[str, Tensor] = self._shadow
+        else:
+            source = self._backup if self._backup is not None else trained(pl_module)
+        return {k: full(v) for k, v in source.items()}
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate the average, unless the task's `weights` says "raw"."""
+        self._enter(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Back to the trained weights, after every `on_validation_epoch_end`."""
+        self.swap_out(pl_module)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate the average of a fit that ended in this process; a checkpoint's weights are evaluated as they are."""
+        self._enter(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Back to the trained weights."""
+        self.swap_out(pl_module)
+
+    def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As for a test."""
+        self._enter(trainer, pl_module)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Back to the trained weights."""
+        self.swap_out(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Back to the trained weights."""
+        self.swap_out(pl_module)
+
+    def _enter(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        fitting = trainer.state.fn == "fit"
+        if getattr(pl_module, "weights", "ema") == "ema" and (fitting or trainer.ckpt_path is None):
+            self.swap_in(pl_module)
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates."""
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the number of updates."""
+        self.updates = state_dict["updates"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write both sets of weights (see `write`)."""
+        self.write(pl_module, checkpoint)
+
+    def write(self, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Replace the averaged parameters in a checkpoint's `state_dict`, and put their trained values under `raw_state`.
+
+        Runs on every rank (gathering shards is a collective); ranks that hold no `state_dict` write nothing.
+        """
+        if not self._shadow or RAW_STATE in checkpoint:
+            return
+        state: dict[str, Tensor] = checkpoint.get("state_dict", {})
+        present = self._backup if self._backup is not None else trained(pl_module)
+        sharded = any(isinstance(v, DTensor) for v in state.values())
+        if sharded:
+            averaged, raw = self._shadow, {k: v.detach() for k, v in present.items()}
+        else:
+            averaged, raw = self.weights(pl_module, "ema"), {k: full(v) for k, v in present.items()}
+        if state:
+            for name, owner in aliases(pl_module).items():
+                if name in state:
+                    state[name] = averaged[owner].to(state[name].dtype)
+            checkpoint[RAW_STATE] = {k: v.clone() for k, v in raw.items()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep both sets of weights until the training starts."""
+        if trainer.state.fn == "fit" and RAW_STATE in checkpoint:
+            raw = checkpoint[RAW_STATE]
+            self._restored = {"raw": raw, "ema": {k: v for k, v in checkpoint.get("state_dict", {}).items() if k in raw}}
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter that requires a gradient, by name, a shared one once."""
+    return {k: p for k, p in module.named_parameters() if p.requires_grad}
+
+
+def aliases(module: nn.Module) -> dict[str, str]:
+    """Every name of every trained parameter -> the name `trained` knows it by."""
+    names = {id(p): k for k, p in trained(module).items()}
+    return {k: names[id(p)] for k, p in module.named_parameters(remove_duplicate=False) if id(p) in names}
+
+
+def full(value: Tensor) -> Tensor:
+    """A tensor of its own, gathered if it is sharded (a collective)."""
+    value = value.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like(value: Tensor, parameter: Tensor, *, wide: bool = False) -> Tensor:
+    """A copy of `value` on the device of `parameter`, sharded as it is."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32) if wide else parameter.dtype
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value.to(parameter.device, dtype), parameter.device_mesh, parameter.placements)
+    return value.detach().to(parameter.device, dtype, copy=True)
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    for k, p in parameters.items():
+        p.copy_(like(values[k], p))
+
+
+def _wide(p: Tensor) -> Tensor:
+    return p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)

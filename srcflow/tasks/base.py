@@ -1,0 +1,362 @@
+"""What every stage's training shares: optimizer, keyed noise, frozen parts, non-finite guard, artifacts.
+
+A task is a thin LightningModule around plain modules. It saves no hyperparameters: the configuration is in the YAML that the CLI writes, so
+options given at test time are never overridden by a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+import lightning as L
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import srcflow
+from srcflow import artifacts, noise
+from srcflow.autoencoders.base import Autoencoder
+from srcflow.callbacks.ema import EMA, RAW_STATE, aliases
+from srcflow.callbacks.non_finite import NonFiniteGuard
+from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
+from srcflow.tasks.optimization import DEFAULT, Optimization
+from srcflow.types import Batch, Grid
+
+M = TypeVar("M", bound=nn.Module)
+Weights = Literal["ema", "raw"]
+FACTS = "srcflow"
+"""Key of a checkpoint under which the task notes what an artifact's manifest needs."""
+
+
+class Task(L.LightningModule):
+    """Base of the three stages' tasks.
+
+    Subclasses set `product`, the name of the attribute that holds the module the stage is there to make, and put what is only used by
+    losses and metrics into `outside`: such parts are moved to the device, but neither trained, averaged, sharded nor saved.
+
+    Args:
+        optimization: optimizer, schedule, clipping and the limit of non-finite steps.
+        seed: key of all random numbers of the task (noise, label dropout, evaluation draws).
+        artifact: directory the result is written to at the end of fit; null: none (`srcflow export` makes one from a checkpoint).
+        weights: which weights are evaluated: "ema", the average that the EMA callback keeps (where there is one), or "raw".
+        metrics_file: where `srcflow test` writes its numbers; null: metrics.json in trainer.default_root_dir.
+    """
+
+    product: ClassVar[str]
+
+    def __init__(
+        self,
+        optimization: Optimization = DEFAULT,
+        seed: int = 0,
+        artifact: str | None = None,
+        weights: Weights = "ema",
+        metrics_file: str | None = None,
+    ) -> None:
+        super().__init__()
+        if weights not in ("ema", "raw"):
+            raise ConfigError("weights", weights, "unknown.", 'Write "ema" or "raw".')
+        self.optimization, self.seed, self.artifact, self.metrics_file = optimization, seed, artifact, metrics_file
+        self.weights: Weights = weights
+        self.outside: dict[str, nn.Module] = {}
+        self.guard = NonFiniteGuard(optimization.gradient_clip, optimization.max_bad_steps)
+        self._built_on: dict[str, dict[str, str]] = {}
+        self._raw_state: dict[str, Tensor] | None = None
+        self._evaluated: Weights | None = None
+
+    # --- parts -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def made(self) -> nn.Module:
+        """The module the stage makes."""
+        return cast(nn.Module, getattr(self, self.product))
+
+    def set_outside(self, name: str, module: M) -> M:
+        """Keep a frozen part outside the module tree (see the class); returns it frozen and in eval mode."""
+        module.requires_grad_(False).eval()
+        self.outside[name] = module
+        return module
+
+    def load_artifact(self, role: str, path: str, base: type[M]) -> M:
+        """Load an earlier stage's artifact as a frozen part outside the tree, and note that the product is built on it.
+
+        Raises:
+            ArtifactError: there is no usable artifact at `path`.
+        """
+        if role not in self.outside:
+            self.set_outside(role, artifacts.load(path, base))
+            self._built_on[role] = {"path": str(Path(path).resolve()), "hash": str(artifacts.read_manifest(path)["hash"])}
+        return cast(M, self.outside[role])
+
+    @property
+    def restoring(self) -> bool:
+        """Whether this run starts from a checkpoint, which then holds every weight and statistic of the product."""
+        return self._trainer is not None and self._trainer.ckpt_path is not None
+
+    # --- Lightning's hooks -----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer's settings against the task's. Subclasses load weights and artifacts here, after calling this."""
+        problems = Problems()
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            problems.add(ConfigError("trainer.precision", self.trainer.precision, "float16 overflows here.", "Use bf16-mixed or 32-true."))
+        if self.trainer.gradient_clip_val is not None:
+            problems.add(
+                ConfigError(
+                    "trainer.gradient_clip_val",
+                    self.trainer.gradient_clip_val,
+                    "the task clips, together with its guard against non-finite gradients.",
+                    "Set model.optimization.gradient_clip instead.",
+                )
+            )
+        problems.raise_if_any()
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The guard against non-finite steps."""
+        return [self.guard]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the trainable parameters with warm-up and cosine; nothing if nothing is trained."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if not trained:
+            return None
+        optimizer = self.optimization.optimizer(trained)
+        scheduler = self.optimization.scheduler(optimizer, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "learning_rate"}}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        Raises:
+            ConfigError: the trainer sets no end.
+        """
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ConfigError(
+                "trainer.max_steps", self.trainer.max_steps, "the schedule needs the length of the run.", "Set trainer.max_steps."
+            )
+        return int(total)
+
+    def place(self) -> None:
+        """Bring the outside parts to the device, and the raw weights of a checkpoint into the product if those are to be evaluated."""
+        for module in self.outside.values():
+            module.to(self.device)
+        if self._raw_state is not None:
+            with torch.no_grad():
+                parameters = dict(self.named_parameters(remove_duplicate=False))
+                for name, owner in aliases(self).items():
+                    if owner in self._raw_state:
+                        parameters[name].copy_(self._raw_state[owner])
+            self._raw_state = None
+
+    def on_fit_start(self) -> None:
+        """Subclasses fit their statistics here, after calling this, unless `restoring`."""
+        self.place()
+
+    def on_validation_start(self) -> None:
+        """See `place`."""
+        self.place()
+
+    def on_test_start(self) -> None:
+        """See `place`."""
+        self.place()
+
+    def on_predict_start(self) -> None:
+        """See `place`."""
+        self.place()
+
+    def on_train_end(self) -> None:
+        """Write the artifact."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.artifact is None:
+            rank_zero_info("No artifact was written: set model.artifact, or run `srcflow export` on a checkpoint.")
+        else:
+            self.write_artifact(self.artifact)
+
+    # --- random numbers and batches ----------------------------------------------------------------------------------------------
+
+    def noise_for(self, law: noise.Noise | None, raw: Tensor, indices: Tensor, purpose: str, step: int | None = None) -> Tensor | None:
+        """Noise for raw features (B, N, D), on their device, keyed by the task's seed, `purpose`, `step` and the samples' indices.
+
+        Args:
+            law: the noise law, None for no noise.
+            raw: the features the noise is for.
+            indices: (B,) global sample indices.
+            purpose: names the use, so that two uses never share numbers.
+            step: None in training: the optimizer step; in evaluation: the number of the draw.
+        """
+        return noise.draw(law, raw, seed=self.seed, purpose=purpose, step=self.global_step if step is None else step, indices=indices)
+
+    def images_from(self, batch: Batch) -> Tensor:
+        """Images (B, 3, H, W) float32 in [0, 1] of a batch.
+
+        Raises:
+            ConfigError: the batch has none.
+        """
+        if "images" not in batch:
+            raise ConfigError("data", "features only", f"{type(self).__name__} needs the images too.", "Use data.with_images: true.")
+        return batch["images"].to(self.device).float().div_(255)
+
+    def features_from(self, batch: Batch, autoencoder: Autoencoder) -> tuple[Tensor, Grid]:
+        """Raw features (B, N, D), at least float32, and their grid: stored ones where the batch has them."""
+        if "features" in batch:
+            raw, grid = batch["features"].to(self.device), cast(Grid, tuple(int(g) for g in batch["grid"]))
+        else:
+            raw, grid = autoencoder.features(self.images_from(batch))
+        return raw.to(torch.promote_types(raw.dtype, torch.float32)), grid
+
+    def training_batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """Batches of the training set on the device, before training starts: for statistics. Every rank gets its own share.
+
+        Args:
+            limit: how many batches over all ranks; None: all.
+        """
+        source = cast(Any, self.trainer).datamodule
+        loader = source.train_dataloader() if source is not None else self.trainer.fit_loop._data_source.dataloader()
+        for i, batch in enumerate(loader):
+            if limit is not None and i >= limit:
+                return
+            if i % self.trainer.world_size == self.trainer.global_rank:
+                yield cast(Batch, self.transfer_batch_to_device(batch, self.device, 0))
+
+    # --- averaged weights --------------------------------------------------------------------------------------------------------
+
+    @property
+    def ema(self) -> EMA | None:
+        """The trainer's EMA callback."""
+        if self._trainer is None:
+            return None
+        return next((c for c in cast(Any, self._trainer).callbacks if isinstance(c, EMA)), None)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """The module holds the weights that `weights` asks for inside this block (during fit: the average, unless "raw")."""
+        use = self.ema if self.weights == "ema" and self.trainer.training else None
+        with use.averaged(self) if use is not None else nullcontext():
+            yield
+
+    @property
+    def evaluated_weights(self) -> Weights:
+        """Which weights an evaluation sees: "raw" also where no average was kept."""
+        if self.weights == "raw":
+            return "raw"
+        return "ema" if self._evaluated == "ema" or (self.ema is not None and self.ema.updates > 0) else "raw"
+
+    # --- checkpoints and artifacts -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what an artifact's manifest needs, and both sets of weights to a weights-only file too (Lightning asks no callback then)."""
+        if self.ema is not None:
+            self.ema.write(self, checkpoint)
+        checkpoint[FACTS] = self.facts()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that would be silently misused.
+
+        Raises:
+            ConfigError: training would go on from averaged weights because the EMA callback is missing.
+            ManifestMismatchError: the checkpoint was built on other artifacts.
+        """
+        self._evaluated = "ema" if RAW_STATE in checkpoint else "raw"
+        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
+        if fitting and RAW_STATE in checkpoint and self.ema is None:
+            raise ConfigError(
+                "trainer.callbacks",
+                "no EMA",
+                "the checkpoint's weights are an average; training would go on from it.",
+                "Add the EMA callback.",
+            )
+        stored = checkpoint.get(FACTS, {}).get("built_on", {})
+        differing = {
+            f"{role}.hash": (was["hash"], self._built_on[role]["hash"])
+            for role, was in stored.items()
+            if role in self._built_on and was["hash"] != self._built_on[role]["hash"]
+        }
+        if differing:
+            raise ManifestMismatchError("the checkpoint", differences=cast(Any, differing), cure="Name the artifacts it was trained on.")
+        if not fitting and self.weights == "raw":
+            self._raw_state = checkpoint.get(RAW_STATE)
+
+    def facts(self) -> dict[str, Any]:
+        """What is recorded of a run in checkpoints and artifacts: JSON-able."""
+        datamodule: Any = getattr(self._trainer, "datamodule", None)
+        return {
+            "task": type(self).__name__,
+            "steps": self.global_step,
+            "seed": self.seed,
+            "data": datamodule.fingerprint() if hasattr(datamodule, "fingerprint") else None,
+            "built_on": dict(self._built_on),
+        }
+
+    def write_artifact(self, path: str) -> Path:
+        """Write the product: averaged weights to model.safetensors and the trained ones beside it. To be called on every rank."""
+        ema = self.ema
+        prefix = self.product + "."
+        raw: dict[str, Tensor] | None = None
+        if ema is not None and ema.updates > 0:
+            raw = {k.removeprefix(prefix): v for k, v in ema.weights(self, "raw").items() if k.startswith(prefix)}
+        with ema.averaged(self) if ema is not None else nullcontext():
+            return self._write(path, raw, self.facts(), write=self.trainer.is_global_zero)
+
+    def export(self, checkpoint: str, path: str) -> Path:
+        """Write the artifact of a checkpoint, without a trainer: what `srcflow export` calls.
+
+        Args:
+            checkpoint: a file that `srcflow fit` wrote.
+            path: the artifact's directory.
+
+        Raises:
+            ArtifactError: the file is no checkpoint of this task, or its weights do not fit the configured modules.
+        """
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        facts = content.get(FACTS)
+        if facts is None or facts["task"] != type(self).__name__:
+            other = f", but of {facts['task']}" if facts else ""
+            raise ArtifactError(f"{checkpoint} is not a checkpoint of {type(self).__name__}{other}.")
+        artifacts.load_state(self, content["state_dict"], what=checkpoint)
+        prefix = self.product + "."
+        raw = content.get(RAW_STATE)
+        raw = {k.removeprefix(prefix): v for k, v in raw.items() if k.startswith(prefix)} if raw is not None else None
+        return self._write(path, raw, facts, write=True)
+
+    def _write(self, path: str, raw: Mapping[str, Tensor] | None, facts: Mapping[str, Any], *, write: bool) -> Path:
+        target = Path(path)
+        if any(isinstance(p, DTensor) for p in self.made.parameters()):
+            raise ArtifactError(f"{target}: sharded weights cannot be written from here; run `srcflow export` on the checkpoint.")
+        if write:
+            start = target.resolve()
+            built_on = {r: {"path": os.path.relpath(b["path"], start), "hash": b["hash"]} for r, b in facts["built_on"].items()}
+            artifacts.save(target, self.made, raw=raw, manifest={**facts, "built_on": built_on})
+            rank_zero_info(f"Wrote {target}.")
+        return target
+
+    # --- evaluation ----------------------------------------------------------------------------------------------------------------
+
+    def protocol(self, **more: Any) -> dict[str, Any]:
+        """How numbers were obtained: goes into metrics.json beside them."""
+        facts = self.facts()
+        return {
+            "task": facts["task"],
+            "weights": self.evaluated_weights,
+            "checkpoint": str(self.trainer.ckpt_path) if self.trainer.ckpt_path else None,
+            "precision": str(self.trainer.precision),
+            "seed": self.seed,
+            "data": facts["data"],
+            "built_on": {role: b["hash"] for role, b in facts["built_on"].items()},
+            "srcflow": srcflow.__version__,
+            "revision": artifacts.revision(),
+            "torch": str(torch.__version__),
+            "command": " ".join(sys.argv),
+            **more,
+        }
+
+    def metrics_path(self) -> Path:
+        """Where the numbers of a test go."""
+        return Path(self.metrics_file) if self.metrics_file is not None else Path(self.trainer.default_root_dir) / "metrics.json"
