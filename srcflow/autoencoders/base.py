@@ -19,12 +19,14 @@ class Autoencoder(nn.Module, metaclass=Recorded):
         grid: nominal token grid (rows, columns): what `decode` and the next stages are built for.
         image_size: nominal image size (height, width) of `decode`'s output.
         pixel_density: True if features are an invertible image of the pixels, so bits per dimension are defined.
+        bin_width: width of one grey level in units of the features, where `pixel_density`; None elsewhere.
     """
 
     dim: int
     grid: Grid
     image_size: tuple[int, int]
     pixel_density: bool = False
+    bin_width: float | None = None
 
     def setup(self) -> None:
         """Load pretrained weights that the constructor names. Called once by a task that builds the autoencoder from its configuration."""
@@ -48,4 +50,8 @@ class Autoencoder(nn.Module, metaclass=Recorded):
 
     def default_noise(self) -> Noise | None:
         """The noise a flow on these features is meant to be trained under, if the autoencoder determines it (dequantisation for pixels)."""
+        return None
+
+    def last_layer(self) -> nn.Parameter | None:
+        """The parameter at which the adaptive weight of an adversarial loss compares gradient norms; None if nothing is trained."""
         return None

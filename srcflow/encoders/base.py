@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from srcflow.errors import DataError
 from srcflow.registry import Recorded
 from srcflow.types import Grid
 
 
 class Encoder(nn.Module, metaclass=Recorded):
-    """A frozen image encoder. A third party implements `__init__` (which touches no file), `tokens`, and `setup` if there are weights to load.
+    """A frozen image encoder. A third party implements `__init__` (which touches no file), `tokens`, and `setup` if it has weights to load.
 
     `forward` resizes, normalises, calls `tokens` and applies a LayerNorm without affine over the channels, so every token has mean 0 and
-    RMS 1: noise levels mean the same for every encoder. Parameters are frozen and the module stays in eval mode whatever it is told;
-    gradients still pass to the input images.
+    RMS 1: noise levels mean the same for every encoder. Submodules and parameters are frozen as soon as they are assigned, and the module
+    stays in eval mode whatever it is told; gradients still pass to the input images.
 
     Attributes:
         dim: feature width D.
@@ -69,15 +71,32 @@ class Encoder(nn.Module, metaclass=Recorded):
             images: (B, 3, H, W) in [0, 1], any size.
 
         Returns:
-            (B, N, D) tokens with mean 0 and RMS 1 over the channels, and their grid (h, w), N = h * w.
+            (B, N, D) tokens with mean 0 and RMS 1 over the channels, at least float32, and their grid (h, w), N = h * w.
+
+        Raises:
+            DataError: the images are integers.
         """
+        x, grid = self.tokens(self.prepare(images))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.layer_norm(x.to(dtype), (self.dim,), eps=self.norm_eps), grid
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Resized (to `input_size`) and normalised images, as `tokens` takes them, from images (B, 3, H, W) in [0, 1]."""
+        if not images.is_floating_point():
+            raise DataError(f"{type(self).__name__} takes images as floats in [0, 1], got {images.dtype}; divide by 255.")
         if self.input_size is not None and tuple(images.shape[-2:]) != tuple(self.input_size):
             # RAE's preprocessing: bicubic, no antialias, no clamp (E1)
             images = F.interpolate(images, size=self.input_size, mode="bicubic", align_corners=False)
         shape = (1, -1, 1, 1)
-        x, grid = self.tokens((images - self.mean.reshape(shape)) / self.std.reshape(shape))
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.layer_norm(x.to(dtype), (self.dim,), eps=self.norm_eps), grid
+        return (images - self.mean.reshape(shape)) / self.std.reshape(shape)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Freeze what is assigned, so that no constructor can forget to."""
+        if isinstance(value, nn.Module):
+            value.train(False).requires_grad_(False)
+        elif isinstance(value, nn.Parameter):
+            value.requires_grad_(False)
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Encoder:
         """Stay in eval mode and frozen, whatever `mode` says."""

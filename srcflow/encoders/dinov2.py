@@ -1,0 +1,31 @@
+"""DINOv2 with registers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from srcflow.encoders.timm_vit import TimmViT
+
+
+class DINOv2(TimmViT):
+    """DINOv2 with four registers, patch 14 (Oquab et al. 2023, Darcet et al. 2024): the encoder of RAE and SRC-Flow.
+
+    Images of 256 px are resized to 224 and give 16 x 16 tokens; 512 px go with `image_size: 448` and give 32 x 32.
+
+    Args:
+        size: the model's size.
+        image_size: what images are resized to inside, one number or [height, width], multiples of 14.
+        weights: "hub" (timm's copy of the published weights), the path of a safetensors file in timm's layout, or null for random weights.
+        last_layers: the tokens are the sum of the last k blocks' outputs (see TimmViT).
+        timm_args: further arguments of the timm model, e.g. to build a small one.
+    """
+
+    def __init__(
+        self,
+        size: Literal["small", "base", "large", "giant"] = "base",
+        image_size: int | tuple[int, int] = 224,
+        weights: str | None = "hub",
+        last_layers: int = 1,
+        timm_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(f"vit_{size}_patch14_reg4_dinov2.lvd142m", image_size, weights, last_layers, timm_args=timm_args)
