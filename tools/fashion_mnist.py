@@ -1,11 +1,12 @@
 """Fetch Fashion-MNIST and write it as WebDataset shards: `python tools/fashion_mnist.py --out data/fashion_mnist`.
 
 Sources, tried in this order unless `--source` or `--folder` says otherwise: Debian's package dataset-fashion-mnist (downloaded and unpacked
-without root), then the mirror that torchvision uses. The content of every file is checked against recorded sha256 sums, wherever it is from.
+without root), then the mirror that torchvision uses. The content of every file is checked against recorded sha256 sums, wherever it is
+from.
 
-Output: train (55,000), val (the other 5,000 of the training set, a fixed choice) and test (10,000) as `<split>-NNNNNN.tar` of 32x32 RGB PNGs (grey
-replicated, 2 black pixels added on each side) with `.cls` labels, `classes.json`, and `manifest.json` with a checksum per shard. Keys are the
-split of origin and the position there, so a sample can be traced back. A second run verifies what is there and does nothing.
+Output: train (55,000), val (the other 5,000 of the training set, a fixed choice) and test (10,000) as `<split>-NNNNNN.tar` of 32x32 RGB
+PNGs (grey replicated, 2 black pixels added on each side) with `.cls` labels, `classes.json`, and `manifest.json` with a checksum per shard.
+Keys are the split of origin and the position there, so a sample can be traced back. A second run verifies what is there and does nothing.
 
 Fashion-MNIST: Xiao, Rasul, Vollgraf (2017), MIT licence.
 """
@@ -138,7 +139,9 @@ def fetch(source: str, folder: Path | None) -> tuple[dict[str, bytes], str]:
             return sources[name](), name
         except SourceError as e:
             said.append(f"  {name}: {e}")
-    raise SourceError("no source could deliver Fashion-MNIST:\n" + "\n".join(said) + "\nPut the four .gz files into a folder and name it with --folder.")
+    raise SourceError(
+        "no source could deliver Fashion-MNIST:\n" + "\n".join(said) + "\nPut the four .gz files into a folder and name it with --folder."
+    )
 
 
 def read_idx(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -172,7 +175,11 @@ def is_done(out: Path, limit: int | None) -> bool:
     if not path.is_file():
         return False
     manifest = json.loads(path.read_text())
-    return manifest.get("version") == VERSION and manifest.get("limit") == limit and all(verified(out, s["shards"]) for s in manifest["splits"].values())
+    return (
+        manifest.get("version") == VERSION
+        and manifest.get("limit") == limit
+        and all(verified(out, s["shards"]) for s in manifest["splits"].values())
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,7 +210,11 @@ def main(argv: list[str] | None = None) -> int:
         images, labels = read_idx(contents[f"{origin}-images-idx3-ubyte"]), read_idx(contents[f"{origin}-labels-idx1-ubyte"])
 
         def samples(
-            images: np.ndarray[Any, Any] = images, labels: np.ndarray[Any, Any] = labels, origin: str = origin, order: list[int] = order, split: str = split
+            images: np.ndarray[Any, Any] = images,
+            labels: np.ndarray[Any, Any] = labels,
+            origin: str = origin,
+            order: list[int] = order,
+            split: str = split,
         ) -> Iterator[dict[str, Any]]:
             for i in tqdm(order[: args.limit], unit="images", desc=split):
                 yield {"__key__": f"{origin}-{i:05d}", "png": png(images[i]), "cls": str(int(labels[i])).encode()}

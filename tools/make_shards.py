@@ -1,9 +1,9 @@
 """Turn a folder of images into WebDataset tar shards: `python tools/make_shards.py --folder images/train --out data/mine --prefix train`.
 
 A folder with class sub-folders gives labelled samples (`cls` = position of the sub-folder's name in sorted order; the names go to
-`classes.json`); a flat folder gives unlabelled ones. Files are copied byte for byte unless `--size` asks for resizing and cropping. Nothing is
-dropped in silence: every image is decoded, and what cannot be read is listed before anything counts as done (`--skip-bad` leaves the listed
-files out and records them in the manifest).
+`classes.json`); a flat folder gives unlabelled ones. Files are copied byte for byte unless `--size` asks for resizing and cropping. Nothing
+is dropped in silence: every image is decoded, and what cannot be read is listed before anything counts as done (`--skip-bad` leaves the
+listed files out and records them in the manifest).
 
 Output: `<prefix>-000000.tar`, ... and `<prefix>.json` (shards with sample counts, sizes and sha256).
 """
@@ -91,26 +91,17 @@ def image_files(folder: Path) -> tuple[list[tuple[Path, int]], list[str], list[P
     return found, classes, other
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` (halvings by BOX while it is at least twice that, then bicubic), then the middle square."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
 def encode(path: Path, size: int | None) -> tuple[str, bytes]:
-    """Extension and bytes to store. Raises OSError or SyntaxError (PIL's) where the image cannot be decoded."""
+    """Extension and bytes to store. Raises OSError, SyntaxError, ValueError (PIL's) or DataError where the image cannot be decoded."""
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         image.load()
         if size is None:
             return EXTENSIONS[path.suffix.lower()], data
+        from srcflow.data.transforms import centre_crop, to_rgb
+
         buffer = io.BytesIO()
-        rgb = image if image.mode == "RGB" else image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
-        centre_crop(rgb, size).save(buffer, "PNG")
+        centre_crop(to_rgb(image), size).save(buffer, "PNG")
         return "png", buffer.getvalue()
 
 
@@ -121,11 +112,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="where the shards go")
     parser.add_argument("--prefix", default="train", help="shards are called PREFIX-000000.tar ... (default: train)")
     parser.add_argument("--per-shard", type=int, default=1000, help="samples per shard (default: 1000)")
-    parser.add_argument("--size", type=int, default=None, help="resize the short side and crop the middle square, stored as PNG; default: files as they are")
+    parser.add_argument(
+        "--size", type=int, default=None, help="resize the short side and crop the middle square, stored as PNG; default: files as they are"
+    )
     parser.add_argument("--seed", type=int, default=0, help="order of the samples (shards should hold a mixture of classes)")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the sorted order of the files")
-    parser.add_argument("--classes", type=Path, default=None, help="classes.json of another split, so that labels agree; unknown folders are refused")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out undecodable files; they are listed on screen and in the manifest")
+    parser.add_argument(
+        "--classes", type=Path, default=None, help="classes.json of another split, so that labels agree; unknown folders are refused"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out undecodable files; they are listed on screen and in the manifest"
+    )
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
         parser.error(f"--folder {args.folder}: no such folder")
@@ -147,7 +144,9 @@ def main(argv: list[str] | None = None) -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     if stale := sorted(args.out.glob(f"{args.prefix}-[0-9]*.tar")):
-        parser.error(f"--out {args.out}: there are already {len(stale)} shards called {args.prefix}-*.tar. Remove them or choose another --prefix.")
+        parser.error(
+            f"--out {args.out}: there are already {len(stale)} shards called {args.prefix}-*.tar. Remove them or choose another --prefix."
+        )
     bad: list[str] = []
 
     def samples() -> Iterator[dict[str, Any]]:
@@ -170,7 +169,9 @@ def main(argv: list[str] | None = None) -> int:
     for line in bad:
         print(f"cannot be read: {line}", file=sys.stderr)
     if bad and not args.skip_bad:
-        print(f"{len(bad)} of {len(files)} files cannot be read; nothing written. Repair or remove them, or add --skip-bad.", file=sys.stderr)
+        print(
+            f"{len(bad)} of {len(files)} files cannot be read; nothing written. Repair or remove them, or add --skip-bad.", file=sys.stderr
+        )
         for old in partial.iterdir():
             old.unlink()
         partial.rmdir()
@@ -181,7 +182,9 @@ def main(argv: list[str] | None = None) -> int:
     if classes:
         write_json(args.out / "classes.json", classes)
     total = sum(s["samples"] for s in shards)
-    write_json(args.out / f"{args.prefix}.json", {"version": 1, "samples": total, "classes": len(classes), "skipped": bad, "shards": shards})
+    write_json(
+        args.out / f"{args.prefix}.json", {"version": 1, "samples": total, "classes": len(classes), "skipped": bad, "shards": shards}
+    )
     print(f"{total} images in {len(shards)} shards: {args.out}/{args.prefix}-{{000000..{len(shards) - 1:06d}}}.tar")
     return 0
 

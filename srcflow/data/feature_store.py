@@ -1,0 +1,277 @@
+"""Raw features of images in memory-mapped arrays: written once by `srcflow encode`, read at random by the stages that follow.
+
+A store is a folder:
+
+    features.npy   (M, N, D) float16 | float32 | uint16 (the bits of bfloat16)
+    images.npy     (M, 3, H, W) uint8
+    labels.npy     (M,) int64, -1 where there is none
+    flipped.npy    (M,) bool
+    keys.npy, key_offsets.npy   UTF-8 bytes of the n keys and where each begins
+    manifest.json  see `manifest.Manifest`
+
+M = n, or 2n where each image was also stored mirrored: row i + n is the mirror image of row i. The row is the global sample index.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from srcflow.data.manifest import DTYPES, Manifest, is_store
+from srcflow.data.sampler import Draw
+from srcflow.data.strings import StringTable
+from srcflow.errors import ArtifactError, ConfigError, DataError, ShapeError
+from srcflow.types import NULL_LABEL, Batch
+
+_STORED: dict[str, Any] = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+
+
+class FeatureStoreWriter:
+    """Writes a store into `<path>.partial` and renames it when it is complete, so that a reader never sees an unfinished one.
+
+    Use it as a context manager: leaving it without an error closes it, leaving it with one removes what was written.
+
+    Args:
+        path: the store's folder.
+        n: images.
+        tokens: N.
+        dim: D.
+        image_size: (height, width) of the images.
+        dtype: of the stored features: float16, bfloat16 or float32.
+        manifest: further fields of `Manifest` (grid is required; encoder, transform, source, precision, versions).
+        flip: room for the mirror images, rows n .. 2n - 1.
+
+    Raises:
+        ArtifactError: `path` exists.
+        ConfigError: an unknown dtype, or nothing to write.
+        ShapeError: the grid does not have N tokens.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n: int,
+        tokens: int,
+        dim: int,
+        image_size: tuple[int, int],
+        dtype: str = "float16",
+        manifest: Mapping[str, Any],
+        flip: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        if dtype not in DTYPES:
+            raise ConfigError("dtype", dtype, "features cannot be stored like this.", f"Known: {', '.join(DTYPES)}.")
+        if n < 1:
+            raise ConfigError("n", n, "a store has at least one image.")
+        self.manifest = Manifest(count=n, flip=flip, tokens=tokens, dim=dim, dtype=dtype, image_size=image_size, **manifest)
+        if self.manifest.grid[0] * self.manifest.grid[1] != tokens:
+            raise ShapeError(f"grid = {self.manifest.grid} does not have tokens = {tokens}")
+        if self.path.exists():
+            raise ArtifactError(
+                f"{self.path} exists{' and is a feature store' if is_store(self.path) else ''}. Remove it, or name another folder."
+            )
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        shutil.rmtree(self.partial, ignore_errors=True)  # left over from a run that was killed
+        self.partial.mkdir(parents=True)
+        rows = self.manifest.rows
+        self._features = self._array("features", _STORED[dtype], (rows, tokens, dim))
+        self._images = self._array("images", np.uint8, (rows, 3, *image_size))
+        self._labels = self._array("labels", np.int64, (rows,))
+        self._flipped = self._array("flipped", np.bool_, (rows,))
+        self._keys: list[str | None] = [None] * n
+        self._written = np.zeros(rows, np.bool_)
+
+    def _array(self, name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        try:
+            return np.lib.format.open_memmap(self.partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+        except OSError as e:
+            raise DataError(f"{self.partial}: no room for {name} {shape}: {e}.") from e
+
+    def write(
+        self, indices: Tensor, features: Tensor, images: Tensor, labels: Tensor, keys: Sequence[str], *, mirrored: bool = False
+    ) -> None:
+        """Store a run of images.
+
+        Args:
+            indices: (B,) positions 0 .. n - 1 of the images; mirror images go to position + n.
+            features: (B, N, D), finite, also in the stored dtype.
+            images: (B, 3, H, W) uint8, mirrored if `mirrored`.
+            labels: (B,) int64.
+            keys: B names.
+            mirrored: these are the mirror images.
+
+        Raises:
+            ShapeError: shapes that do not fit the store.
+            DataError: features that are not finite, or overflow in the stored dtype.
+        """
+        m = self.manifest
+        b = len(indices)
+        for name, tensor, shape in (
+            ("features", features, (b, m.tokens, m.dim)),
+            ("images", images, (b, 3, *m.image_size)),
+            ("labels", labels, (b,)),
+        ):
+            if tuple(tensor.shape) != shape:
+                raise ShapeError(f"{name}: shape {tuple(tensor.shape)}, the store {self.path} has {shape}")
+        if len(keys) != b or images.dtype != torch.uint8 or (mirrored and not m.flip):
+            raise ShapeError(
+                f"wanted: {b} keys, uint8 images, mirror images only with flip; got {len(keys)} keys, {images.dtype}, mirrored={mirrored}"
+            )
+        stored = features.detach().to("cpu", DTYPES[m.dtype])
+        if not bool(torch.isfinite(stored).all()):
+            raise DataError(
+                f"features of {keys[0]} .. {keys[-1]} are not finite as {m.dtype}. Store them as bfloat16 or float32 if they are large."
+            )
+        rows = indices.numpy() + (m.count if mirrored else 0)
+        self._features[rows] = (stored.view(torch.int16).numpy().view(np.uint16)) if m.dtype == "bfloat16" else stored.numpy()
+        self._images[rows] = images.cpu().numpy()
+        self._labels[rows] = labels.cpu().numpy()
+        self._flipped[rows] = mirrored
+        self._written[rows] = True
+        for i, k in zip(indices.tolist(), keys, strict=True):
+            self._keys[i] = k
+
+    def close(self) -> Path:
+        """Finish the store.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            DataError: rows are missing.
+        """
+        missing = np.flatnonzero(~self._written)
+        if len(missing):
+            raise DataError(f"{self.path}: {len(missing)} of {self.manifest.rows} rows were never written, e.g. row {missing[0]}.")
+        for array in (self._features, self._images, self._labels, self._flipped):
+            if isinstance(array, np.memmap):
+                array.flush()
+        keys = StringTable.of(k or "" for k in self._keys)
+        np.save(self.partial / "keys.npy", keys.blob)
+        np.save(self.partial / "key_offsets.npy", keys.offsets)
+        self.manifest.save(self.partial)
+        os.replace(self.partial, self.path)
+        return self.path
+
+    def __enter__(self) -> FeatureStoreWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self.close()
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+class FeatureStoreDataset(Dataset[Batch]):
+    """Reads a store; whole batches at a time (`__getitems__`), so that no worker is needed.
+
+    Args:
+        path: the store's folder.
+        with_images: also yield the images.
+        originals_only: leave the mirror images out (evaluation).
+
+    Raises:
+        ArtifactError: no finished store there, or arrays that disagree with the manifest.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, with_images: bool = True, originals_only: bool = False) -> None:
+        self.path, self.with_images = Path(path), with_images
+        self.manifest = m = Manifest.load(self.path)
+        self._length = m.count if originals_only else m.rows
+        shapes = {"features": (m.rows, m.tokens, m.dim), "images": (m.rows, 3, *m.image_size), "labels": (m.rows,), "flipped": (m.rows,)}
+        self._arrays: dict[str, NDArray[Any]] = {}
+        for name, shape in shapes.items():
+            array = self._open(name)
+            if array.shape != shape:
+                raise ArtifactError(f"{self.path / name}.npy: shape {array.shape}, its manifest says {shape}. Encode again.")
+        self.labels: NDArray[np.int64] = np.array(self._open("labels"))
+        self.flipped: NDArray[np.bool_] = np.array(self._open("flipped"))
+        self.keys = StringTable(self._open("keys"), np.array(self._open("key_offsets")))
+        if self._open("features").dtype != _STORED[m.dtype] or len(self.keys) != m.count:
+            raise ArtifactError(f"{self.path}: dtype or number of keys disagree with its manifest. Encode again.")
+
+    def _open(self, name: str) -> NDArray[Any]:
+        """The array, mapped once in each process."""
+        if name not in self._arrays:
+            try:
+                self._arrays[name] = np.asarray(np.load(self.path / f"{name}.npy", mmap_mode="r"))
+            except (OSError, ValueError, EOFError) as e:
+                if name in ("keys",) and self.manifest.count and (self.path / f"{name}.npy").is_file():
+                    self._arrays[name] = np.load(self.path / f"{name}.npy")  # an empty file cannot be mapped
+                else:
+                    raise ArtifactError(f"{self.path / name}.npy cannot be read: {e}. Encode again.") from e
+        return self._arrays[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": {}}  # workers map the files themselves
+
+    def __len__(self) -> int:
+        return self._length
+
+    def key(self, index: int) -> str:
+        """The source's name of the image in a row; a mirror image has its original's."""
+        return self.keys[index % self.manifest.count]
+
+    def __getitem__(self, draw: Draw | int) -> Batch:
+        return self.__getitems__([draw])
+
+    def __getitems__(self, draws: Sequence[Draw | int]) -> Batch:
+        """A batch of rows; `features` in the stored dtype."""
+        pairs = [(d.index, d.valid) if isinstance(d, Draw) else (int(d), True) for d in draws]
+        rows = np.array([i for i, _ in pairs], np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= self._length):
+            raise IndexError(f"rows {rows.min()} .. {rows.max()} of {self._length}")
+        batch = Batch(
+            features=self.features(rows),
+            grid=self.manifest.grid,
+            labels=torch.from_numpy(self.labels[rows]),
+            indices=torch.from_numpy(rows),
+            valid=torch.tensor([v for _, v in pairs], dtype=torch.bool),
+            flipped=torch.from_numpy(self.flipped[rows]),
+        )
+        if self.with_images:
+            batch["images"] = torch.from_numpy(self._open("images")[rows])
+        return batch
+
+    def features(self, rows: NDArray[np.int64]) -> Tensor:
+        """(B, N, D) features of some rows, in the stored dtype."""
+        taken = self._open("features")[rows]
+        return torch.from_numpy(taken.view(np.int16)).view(torch.bfloat16) if self.manifest.dtype == "bfloat16" else torch.from_numpy(taken)
+
+    def check(self, expected: Mapping[str, Any]) -> None:
+        """Refuse a store that does not belong to a run.
+
+        Args:
+            expected: manifest fields, e.g. {"encoder": {"spec": ..., "weights": ...}}; fields that are left out are not compared.
+
+        Raises:
+            ManifestMismatchError: names each field that differs.
+        """
+        self.manifest.check(expected, f"feature store {self.path}")
+
+    def check_labels(self, num_classes: int) -> None:
+        """Refuse labels that the model has no class for.
+
+        Raises:
+            DataError: names the first such row.
+        """
+        bad = np.flatnonzero((self.labels < 0) | (self.labels >= num_classes)) if num_classes else np.zeros(0, np.int64)
+        if len(bad):
+            found = f"label {self.labels[bad[0]]} of {self.key(int(bad[0]))!r}"
+            kind = "has no labels" if self.labels[bad[0]] == NULL_LABEL else "has other classes"
+            raise DataError(
+                f"feature store {self.path} {kind}: {found} is not in 0 .. {num_classes - 1} (data.num_classes = {num_classes})."
+            )

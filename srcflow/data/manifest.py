@@ -1,0 +1,137 @@
+"""What a feature store says about itself, and the comparison with what a run expects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from srcflow.errors import ArtifactError, ManifestMismatchError
+
+VERSION = 1
+FILE = "manifest.json"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of a feature store.
+
+    Args:
+        count: images, mirror images not counted.
+        flip: each image is there twice; row i + count is the mirror image of row i.
+        tokens: N.
+        dim: D.
+        grid: (rows, columns) of the tokens.
+        dtype: of the features: float16, bfloat16 or float32.
+        image_size: (height, width) of the images.
+        encoder: {"spec": specification, "weights": hash of the weights} of the network that made the features.
+        transform: what was done to the pixels before.
+        source: fingerprint of the data set.
+        precision: arithmetic of the encoder.
+        versions: of the software that wrote it; never compared.
+        version: of this layout.
+    """
+
+    count: int
+    flip: bool
+    tokens: int
+    dim: int
+    grid: tuple[int, int]
+    dtype: str
+    image_size: tuple[int, int]
+    encoder: dict[str, Any] = field(default_factory=dict)
+    transform: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    precision: str = "float32"
+    versions: dict[str, str] = field(default_factory=dict)
+    version: int = VERSION
+
+    @property
+    def rows(self) -> int:
+        """Stored rows: `count`, or twice that."""
+        return self.count * (2 if self.flip else 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json."""
+        (folder / FILE).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read manifest.json.
+
+        Raises:
+            ArtifactError: there is none, or it is of another version.
+        """
+        path = folder / FILE
+        try:
+            stored = json.loads(path.read_text())
+        except FileNotFoundError as e:
+            partial = folder.with_name(folder.name + ".partial")
+            hint = f" {partial} is an unfinished one." if partial.exists() else ""
+            raise ArtifactError(f"{folder} is not a feature store: no {FILE} in it.{hint} `srcflow encode` writes one.") from e
+        except (OSError, ValueError) as e:
+            raise ArtifactError(f"{path} cannot be read: {e}.") from e
+        names = {f.name for f in fields(cls)}
+        if not isinstance(stored, dict) or stored.get("version") != VERSION or set(stored) != names:
+            version = stored.get("version") if isinstance(stored, dict) else None
+            raise ArtifactError(
+                f"{path}: layout version {version!r}; this srcflow reads version {VERSION}. Encode again with `srcflow encode`."
+            )
+        return cls(**{**stored, "grid": tuple(stored["grid"]), "image_size": tuple(stored["image_size"])})
+
+    def check(self, expected: Mapping[str, Any], what: str) -> None:
+        """Compare with what a run expects; nested mappings are compared key by key, and only the keys that `expected` has.
+
+        Args:
+            expected: manifest fields, e.g. {"encoder": {"spec": ..., "weights": ...}, "transform": {...}}.
+            what: what to call the store in a message.
+
+        Raises:
+            ManifestMismatchError: names each field that differs, dotted.
+        """
+        stored = self.as_dict()
+        found = differences(stored, json.loads(json.dumps(expected)))
+        if found:
+            raise ManifestMismatchError(what, found, "Encode again with `srcflow encode`, or change the run.")
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Fields of `wanted` that `stored` has with another value or not at all: dotted name -> (stored, wanted).
+
+    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a.b': (1, 3)}
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, value in wanted.items():
+        have = stored.get(name)
+        if isinstance(value, Mapping) and isinstance(have, Mapping):
+            found.update(differences(have, value, f"{prefix}{name}."))
+        elif have != value:
+            found[prefix + name] = (have, value)
+    return found
+
+
+def weights_hash(module: nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and bytes of a module's state; equal for equal weights wherever they were loaded from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_store(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a finished feature store."""
+    return (Path(path) / FILE).is_file()

@@ -1,0 +1,235 @@
+"""What a set of WebDataset tar shards holds, found by reading the tar headers once, strictly.
+
+WebDataset's own reader is lenient: an archive cut at a header, or with a damaged header, ends early without an error; names without an
+extension, second halves of split samples and merged keys pass unnoticed. Here each of these is an error that names the shard.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+from numpy.typing import NDArray
+
+from srcflow.data.images import hash_of
+from srcflow.data.strings import StringTable
+from srcflow.data.transforms import EXTENSIONS
+from srcflow.errors import DataError, Problems
+
+LABELS = ("cls", "json")
+BLOCK = 512
+METADATA = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
+
+
+def expand(patterns: str | Sequence[str], key: str) -> list[str]:
+    """Local paths of shards: brace ranges (`train-{000000..000054}.tar`), globs (`train-*.tar`), lists of either.
+
+    Args:
+        patterns: one or more.
+        key: configuration key, for messages.
+
+    Raises:
+        DataError: patterns that match nothing, shards that do not exist or are named twice; lists all of them.
+    """
+    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    paths: list[str] = []
+    lines: list[str] = []
+    for pattern in given:
+        try:
+            expanded = [str(p) for p in wds.shardlists.expand_urls(os.path.expanduser(pattern))]
+        except ValueError as e:
+            lines.append(f"{pattern}: {e}")
+            continue
+        for path in expanded:
+            matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+            if not matches:
+                lines.append(f"{path}: matches no file")
+            lines += [f"{m}: no such file" for m in matches if not os.path.isfile(m)]
+            paths += matches
+    if not given:
+        lines.append("the list is empty")
+    lines += [f"{p}: named twice" for p, count in Counter(paths).items() if count > 1]
+    if lines:
+        shown = lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])
+        raise DataError(f"{key}: {len(lines)} of the shards cannot be used:\n  " + "\n  ".join(shown))
+    return paths
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where every sample lies. Sample i is the i-th in the order of the paths and, within a shard, of the archive: the global sample index.
+
+    Args:
+        paths: the shards.
+        starts: (shards + 1,) global index of each shard's first sample, and the total.
+        spans: (n, 4) int64: image offset, image size, label offset, label size (bytes; -1 offset where there is no label).
+        json_label: (n,) whether the label stands in a json file.
+        keys: WebDataset keys.
+    """
+
+    paths: tuple[str, ...]
+    starts: NDArray[np.int64]
+    spans: NDArray[np.int64]
+    json_label: NDArray[np.bool_]
+    keys: StringTable
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def shard_of(self, index: int) -> int:
+        """Position in `paths` of the shard that holds a sample."""
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def name(self, index: int) -> str:
+        """Shard and key of a sample, for messages."""
+        return f"{self.paths[self.shard_of(index)]}: {self.keys[index]}"
+
+    def fingerprint(self) -> str:
+        """Hash of the shards' file names, keys and sizes."""
+        names = [Path(p).name for p in self.paths]
+        return hash_of((names[self.shard_of(i)], self.keys[i], *self.spans[i].tolist()) for i in range(len(self)))
+
+    @classmethod
+    def scan(cls, paths: Sequence[str]) -> ShardIndex:
+        """Read the headers of all shards.
+
+        Raises:
+            DataError: a shard is damaged, or breaks WebDataset's rules for names; ProblemsError where several are.
+        """
+        problems = Problems()
+        starts, rows, as_json, keys = [0], [], [], []
+        for path in paths:
+            with problems.collect():
+                for key, span, is_json in scan_shard(path):
+                    rows.append(span)
+                    as_json.append(is_json)
+                    keys.append(key)
+            starts.append(len(rows))
+        problems.raise_if_any()
+        spans = np.array(rows, np.int64).reshape(-1, 4)
+        return cls(tuple(paths), np.array(starts, np.int64), spans, np.array(as_json, np.bool_), StringTable.of(keys))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """WebDataset's rule: the key ends at the first dot of the base name; extension in lower case.
+
+    >>> split_name("a.b/img_0.5.PNG")
+    ('a.b/img_0', '5.png')
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def scan_shard(path: str) -> list[tuple[str, tuple[int, int, int, int], bool]]:
+    """Samples of one shard: key, (image offset, image size, label offset, label size), whether the label is in a json.
+
+    Raises:
+        DataError: the shard cannot be trusted; says why.
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    current = None
+    for member in members(path):
+        if not member.isreg():
+            continue
+        if METADATA.match(member.name):
+            continue
+        key, extension = split_name(member.name)
+        if not extension or not key.rpartition("/")[2]:
+            raise DataError(f"{path}: {member.name!r} is not KEY.EXTENSION; WebDataset would skip it in silence.")
+        if key != current and key in samples:
+            raise DataError(f"{path}: the files of sample {key!r} do not follow each other; WebDataset would make two samples of them.")
+        current = key
+        files = samples.setdefault(key, {})
+        if extension in files:
+            raise DataError(f"{path}: {member.name!r} occurs twice.")
+        files[extension] = (member.offset_data, member.size)
+    if not samples:
+        raise DataError(f"{path}: holds no samples.")
+    return [_sample(path, key, files) for key, files in samples.items()]
+
+
+def _sample(path: str, key: str, files: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int, int, int], bool]:
+    images = [e for e in files if e in EXTENSIONS]
+    if len(images) != 1:
+        what = f"has {len(images)} images" if images else f"has no image ({', '.join(EXTENSIONS)})"
+        raise DataError(f"{path}: sample {key!r} {what}, but {', '.join(files)}. A key ends at the first dot of the file name.")
+    label = next((e for e in LABELS if e in files), None)
+    return key, (*files[images[0]], *(files[label] if label else (-1, 0))), label == "json"
+
+
+def members(path: str) -> list[tarfile.TarInfo]:
+    """All members of an archive that is complete: sizes fit the file, and it ends in zeros.
+
+    Raises:
+        DataError: it is not a tar file, is compressed, cut or damaged.
+    """
+    size = os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            found = tar.getmembers()
+            end = tar.offset
+    except (tarfile.TarError, OSError, EOFError) as e:
+        raise DataError(f"{path}: not an uncompressed tar archive, or damaged: {e}.") from e
+    for member in found:
+        if member.offset_data + member.size > size:
+            raise DataError(f"{path}: is cut: {member.name} ends at byte {member.offset_data + member.size} of {size}.")
+    if found:  # where the last member's padded data end; `tar.offset` may stand behind the end marker
+        last = found[-1]
+        data = -(-last.size // BLOCK) * BLOCK if last.isreg() else 0
+        end = last.offset_data + data
+    with open(path, "rb") as f:
+        f.seek(end)
+        rest = 0
+        while chunk := f.read(1 << 20):
+            rest += len(chunk)
+            if chunk.count(0) != len(chunk):
+                raise DataError(
+                    f"{path}: damaged after {found[-1].name if found else 'its start'} (byte {end} of {size}): no readable header."
+                )
+    if rest < BLOCK:
+        raise DataError(f"{path}: is cut after {found[-1].name if found else 'its start'}: the end-of-archive marker is missing.")
+    return found
+
+
+def read_span(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset` on.
+
+    Raises:
+        DataError: they are not there (any more).
+    """
+    try:
+        with open(path, "rb") as f:
+            f.seek(offset)
+            data = f.read(size)
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e}. The shards changed while they were in use.") from e
+    if len(data) != size:
+        raise DataError(f"{path}: is shorter than it was. The shards changed while they were in use.")
+    return data
+
+
+def parse_label(data: bytes, is_json: bool, name: str) -> int:
+    """An integer label from a `.cls` or `.json` file.
+
+    Raises:
+        DataError: there is none; names the sample.
+    """
+    try:
+        value = json.load(io.BytesIO(data))["label"] if is_json else int(data.decode("ascii"))
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{value!r} is not an integer")
+        return value
+    except (ValueError, KeyError, TypeError) as e:
+        what = 'json has no integer "label"' if is_json else "cls is not an integer"
+        raise DataError(f"{name}: {what} ({e}). Set data.num_classes: 0 to ignore labels.") from e

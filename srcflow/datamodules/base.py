@@ -1,0 +1,185 @@
+"""What all datamodules share: splits, loaders, keyed order, one report of everything that is wrong with the data."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from srcflow.data.batches import collate
+from srcflow.data.sampler import KeyedSampler
+from srcflow.errors import ConfigError, Problems
+from srcflow.types import Batch
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class Source(Protocol):
+    """What a datamodule needs of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str:
+        """A sample's name."""
+
+
+class DataModule(L.LightningDataModule):
+    """Train, validation and test data as `types.Batch`es. A subclass implements `open` and `describe`.
+
+    Training batches are shuffled, in another order every epoch, and complete (a remainder is dropped, another one in each epoch).
+    Evaluation yields every sample exactly once: ranks get equally many batches, and what fills the last ones is marked as not `valid`.
+    `predict` runs over the test data.
+
+    Attributes:
+        num_classes: labels are 0 .. num_classes - 1; 0: no labels, all are -1.
+
+    Args:
+        batch_size: per rank.
+        num_workers: loader processes per rank.
+        num_classes: 0 for data without labels.
+        seed: key of the order, crops and flips.
+
+    Raises:
+        ConfigError: sizes that cannot be.
+    """
+
+    num_classes: int
+    place_key = "data.{}"  # configuration key of a split's place, for messages
+
+    def __init__(self, *, batch_size: int, num_workers: int, num_classes: int, seed: int) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("num_classes", num_classes, 0)):
+            if value < least:
+                raise ConfigError(f"data.{name}", value, f"must be at least {least}.")
+        self.batch_size, self.num_workers, self.num_classes, self.seed = batch_size, num_workers, num_classes, seed
+        self._opened: dict[tuple[Split, bool], Any] = {}
+
+    @abstractmethod
+    def open(self, split: Split, training: bool) -> Dataset[Any]:
+        """Open a split whose place is configured.
+
+        Args:
+            split: which.
+            training: with the training transform, or as evaluation sees it.
+
+        Raises:
+            SrcflowError: it cannot be used.
+        """
+
+    @abstractmethod
+    def describe(self, split: Split) -> dict[str, Any]:
+        """JSON-able identity of a configured split: data and transform."""
+
+    @abstractmethod
+    def place(self, split: Split) -> Any:
+        """The configured place of a split, or None."""
+
+    def dataset(self, split: Split, *, training: bool = False) -> Any:
+        """A split's map-style data set (it also has `key(index)`).
+
+        Args:
+            split: "train", "val" or "test".
+            training: with the training transform, or as evaluation sees it.
+
+        Raises:
+            ConfigError: no such split, or none configured.
+            DataError: it cannot be used.
+        """
+        if split not in SPLITS:
+            raise ConfigError("split", split, "no such split.", f"Known: {', '.join(SPLITS)}.")
+        if self.place(split) is None:
+            raise ConfigError(self.place_key.format(split), None, "is needed here.", "Name the place of the data.")
+        if (split, training) not in self._opened:
+            self._opened[split, training] = self.open(split, training)
+        return self._opened[split, training]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what a stage needs, and report every problem at once.
+
+        Args:
+            stage: fit, validate, test, predict, or None for every configured split.
+        """
+        needed: dict[str, tuple[Split, ...]] = {"fit": ("train",), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+        splits = needed[stage] if stage else tuple(s for s in SPLITS if self.place(s) is not None)
+        if stage == "fit" and self.place("val") is not None:
+            splits += ("val",)
+        problems = Problems()
+        for split in splits:
+            with problems.collect():
+                self.dataset(split, training=split == "train")
+        problems.raise_if_any()
+        if stage == "fit":
+            world = self.share()[1]
+            if (n := len(self.dataset("train", training=True))) < self.batch_size * world:
+                raise ConfigError(
+                    "data.batch_size", self.batch_size, f"{n} training samples give no complete batch on {world} ranks.", "Make it smaller."
+                )
+
+    def share(self) -> tuple[int, int]:
+        """(rank, number of ranks) that share the data, as the trainer's strategy says; (0, 1) without a trainer."""
+        if self.trainer is None:
+            return 0, 1
+        kwargs = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return int(kwargs["rank"]), int(kwargs["num_replicas"])
+
+    def loader(self, split: Split, *, training: bool = False, limit: int | None = None, batch_size: int | None = None) -> DataLoader[Batch]:
+        """A loader of `Batch`es.
+
+        Args:
+            split: "train", "val" or "test".
+            training: shuffled and augmented; otherwise each sample once, in order.
+            limit: the first samples only.
+            batch_size: another one than the configured.
+        """
+        data = self.dataset(split, training=training)
+        rank, world = self.share()
+        return DataLoader(
+            data,
+            batch_size=batch_size or self.batch_size,
+            sampler=KeyedSampler(data, shuffle=training, seed=self.seed, rank=rank, world_size=world, limit=limit),
+            collate_fn=as_batch,
+            drop_last=training,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> Any:
+        """Shuffled, augmented, complete batches."""
+        return self.loader("train", training=True)
+
+    def val_dataloader(self) -> Any:
+        """Every validation sample once; nothing where no validation data are configured."""
+        return self.loader("val") if self.place("val") is not None else []
+
+    def test_dataloader(self) -> Any:
+        """Every test sample once."""
+        return self.loader("test")
+
+    def predict_dataloader(self) -> Any:
+        """Every test sample once."""
+        return self.loader("test")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Pinning turns the grid into a list; it is a tuple again."""
+        if isinstance(batch, dict) and "grid" in batch:
+            batch["grid"] = tuple(batch["grid"])
+        return batch
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON-able identity of the data of all configured splits and of what is done to the pixels."""
+        configured = [s for s in SPLITS if self.place(s) is not None]
+        return {"class": type(self).__name__, "num_classes": self.num_classes, **{s: self.describe(s) for s in configured}}
+
+    def check(self, expected: Mapping[str, Any]) -> None:
+        """Refuse data that do not belong to a run; only stored features can disagree with one (see `FeatureStore.check`)."""
+
+
+def as_batch(samples: Any) -> Batch:
+    """Samples to a batch; a data set that reads whole batches has made one already."""
+    return samples if isinstance(samples, dict) else collate(samples)  # type: ignore[return-value]  # a Batch is a dict

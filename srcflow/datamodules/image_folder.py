@@ -1,0 +1,67 @@
+"""Images in folders."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch.utils.data import Dataset
+
+from srcflow.data.image_folder import ImageFolderDataset, resolve_classes
+from srcflow.data.transforms import ImageTransform
+from srcflow.datamodules.base import SPLITS, DataModule, Split
+
+
+class ImageFolder(DataModule):
+    """Images (jpg, jpeg, png, webp) in folders, with one sub-folder per class, or without labels.
+
+    Labels are positions in the sorted names of the training folder's sub-folders. EXIF orientation is ignored.
+
+    Args:
+        train: folder of the training images.
+        val: folder of the validation images.
+        test: folder of the test images.
+        size: side of the images in pixels.
+        num_classes: number of class folders, checked; 0: images without labels, in any arrangement.
+        batch_size: per rank.
+        crop: "centre" (ADM's), or "random" in training: a random square of the image resized to `resize`. Evaluation always uses the
+            centre.
+        resize: short side before the random crop (RAE: 384 for size 256); None means `size`.
+        flip: mirror training images with probability 1/2.
+        num_workers: loader processes per rank.
+        seed: key of the order, crops and flips.
+
+    Raises:
+        ConfigError: sizes that do not fit each other; in setup: another number of classes than found.
+        DataError: in setup: missing or empty folders; in a loader: a file that cannot be decoded (names it).
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        *,
+        size: int = 256,
+        num_classes: int = 0,
+        batch_size: int = 64,
+        crop: Literal["centre", "random"] = "centre",
+        resize: int | None = None,
+        flip: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, num_classes=num_classes, seed=seed)
+        self.places: dict[Split, str | None] = {"train": train, "val": val, "test": test}
+        self.transform = ImageTransform(size, crop, resize, flip, seed)
+
+    def place(self, split: Split) -> str | None:
+        return self.places[split]
+
+    def open(self, split: Split, training: bool) -> Dataset[Any]:
+        transform = self.transform if training else self.transform.evaluation()
+        folders = [p for s in SPLITS if (p := self.places[s]) is not None]
+        return ImageFolderDataset(str(self.places[split]), transform, resolve_classes(folders, self.num_classes))
+
+    def describe(self, split: Split) -> dict[str, Any]:
+        data = self.dataset(split, training=split == "train")
+        return {"samples": len(data), "content": data.fingerprint(), "transform": data.transform.describe()}
