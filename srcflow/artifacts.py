@@ -129,7 +129,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         ArtifactError: the file is damaged.
     """
     try:
-        with safe_open(str(file), framework="pt", device="cpu") as f:  # type: ignore[no-untyped-call]
+        with safe_open(str(file), framework="pt", device="cpu") as f:
             return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  # safe_open is no mapping
     except (SafetensorError, OSError) as e:
         raise ArtifactError(f"{file} cannot be read: {e}.") from e

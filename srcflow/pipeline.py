@@ -199,7 +199,8 @@ class Pipeline:
     ) -> Tensor:
         """Expected log-density (B,) in nats of the noisy codes of images, over `draws` seeded noise draws.
 
-        This is a density of codes, not of pixels (unless the autoencoder is `PixelPatches`); compare it only between flows on one codec and noise.
+        This is a density of codes, not of pixels (unless the autoencoder is `PixelPatches`); compare it only between flows on one codec
+        and noise.
 
         Args:
             images: (B, 3, H, W), float in [0, 1] or uint8.
@@ -228,18 +229,12 @@ class Pipeline:
         Raises:
             ConfigError: the flow is not class-conditional.
         """
-        classes = self._flow().num_classes
-        if not classes:
-            raise ConfigError("flow.num_classes", 0, "only a class-conditional flow classifies.")
-        joint = torch.stack(
-            [
-                self.log_prob(
-                    images, Condition(labels=torch.full((images.shape[0],), y)), noise=noise, draws=draws, seed=seed, indices=indices
-                )
-                for y in range(classes)
-            ],
-            dim=1,
-        )
+        if draws < 1:
+            raise ConfigError("draws", draws, "an expectation needs at least one draw.")
+        joint = torch.zeros((), device=self.device)
+        for k in range(draws):
+            codes = self.encode(images, noise=noise, seed=seed, indices=indices, draw_number=k)
+            joint = joint + self._flow().class_log_probs(codes) / draws
         return joint.log_softmax(1)
 
     @torch.no_grad()

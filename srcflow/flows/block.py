@@ -32,7 +32,7 @@ from srcflow.types import Condition, Context, Grid, State
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer: x += attention(norm(x)); x += mlp(norm(x)), each branch optionally normalised again before it is added."""
+    """A pre-norm transformer layer: x += attention(norm(x)); x += mlp(norm(x)); each branch may be normalised again before it is added."""
 
     def __init__(
         self,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def tweedie(flow: Flow, x: Tensor, sigma: float, condition: Condition | None = None, *, grid: Grid | None = None) -> Tensor:
     """x + sigma^2 grad log p(x) (TARFlow's denoising, arXiv 2412.06329, E16), under the standard normal prior and without guidance.
 
-    Valid only where Gaussian noise of standard deviation `sigma` was added in the flow's own input space (pixels, VAE latents), not for codes
-    whose noise went through a compressor.
+    Valid only where Gaussian noise of standard deviation `sigma` was added in the flow's own input space (pixels, VAE latents), not for
+    codes whose noise went through a compressor.
 
     Args:
         flow: the flow.

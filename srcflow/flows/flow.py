@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from srcflow.errors import ConfigError, ShapeError
 from srcflow.flows.block import TransformerBlock
+from srcflow.flows.conditioners import ClassTable, ClassToken
 from srcflow.flows.denoise import tweedie
 from srcflow.flows.likelihood import normal_log_prob
 from srcflow.flows.normalization import Normalization
@@ -76,9 +77,7 @@ class Flow(nn.Module, metaclass=Recorded):
     @property
     def num_classes(self) -> int:
         """Number of classes the flow is conditioned on; 0 if it is not."""
-        return next(
-            (int(b.conditioner.num_classes) for b in self._blocks() if b.conditioner is not None and b.conditioner.kind == "labels"), 0
-        )  # type: ignore[arg-type]
+        return next((b.conditioner.num_classes for b in self._blocks() if isinstance(b.conditioner, ClassTable | ClassToken)), 0)
 
     def set_null(self, text: Tensor, mask: Tensor | None = None) -> None:
         """Set the null text (L, T) and its mask (L,): used for label -1, for condition=None and as the default negative.
@@ -188,6 +187,29 @@ class Flow(nn.Module, metaclass=Recorded):
         out = self(x, condition, grid=grid)
         return normal_log_prob(out.z, self._prior(out.z.shape[1])) + out.logdet
 
+    def class_log_probs(self, x: Tensor, *, grid: Grid | None = None) -> Tensor:
+        """Log-densities (B, classes) of data x (B, N, d) under every class, in nats; blocks that see no class are run once.
+
+        Raises:
+            ConfigError: the flow is not conditioned on classes.
+        """
+        if self.kind != "labels":
+            raise ConfigError("flow", self.kind or "unconditional", "only a class-conditional flow has densities per class.")
+        ctx = self._context(x, None, grid, 1.0)
+        y, logdet = self.normalize(x)
+        blocks = self._blocks()
+        first = next(i for i, b in enumerate(blocks) if b.conditioned)
+        for o in self._blocks_forward(y, ctx, blocks[:first]):
+            y, logdet = o.z, logdet + o.logdet.flatten(1).sum(1)
+        columns = []
+        for label in range(self.num_classes):
+            labels = torch.full((x.shape[0],), label, device=x.device)
+            z, total = y, logdet
+            for o in self._blocks_forward(y, ctx.replace(condition=Condition(labels=labels)), blocks[first:]):
+                z, total = o.z, total + o.logdet.flatten(1).sum(1)
+            columns.append(normal_log_prob(z, self._prior(z.shape[1])) + total)
+        return torch.stack(columns, dim=1)
+
     @torch.no_grad()
     def inverse(
         self,
@@ -283,9 +305,9 @@ class Flow(nn.Module, metaclass=Recorded):
     def _blocks(self) -> list[TransformerBlock]:
         return list(self.blocks)  # type: ignore[arg-type]  # only TransformerBlocks are put in
 
-    def _blocks_forward(self, x: Tensor, ctx: Context) -> list[BlockOutput]:
+    def _blocks_forward(self, x: Tensor, ctx: Context, blocks: list[TransformerBlock] | None = None) -> list[BlockOutput]:
         outputs = []
-        for block in self._blocks():
+        for block in self._blocks() if blocks is None else blocks:
             u = permute(x, block.order)
             params = block.params(u, ctx)
             z, logdet = block.coupling.forward(u, params)
@@ -327,8 +349,8 @@ class Flow(nn.Module, metaclass=Recorded):
         if not effective:
             why = "no block sees a condition" if self.kind is None else "the blocks it names see no condition"
             warnings.warn(
-                f"{guidance!r} has no effect: {why} and the negative stream differs in nothing else. Give negative an attention_temperature or a "
-                'flow, or name other blocks ("all", "deep").',
+                f"{guidance!r} has no effect: {why} and the negative stream differs in nothing else. "
+                'Give negative an attention_temperature or a flow, or name other blocks ("all", "deep").',
                 GuidanceWarning,
                 stacklevel=3,
             )

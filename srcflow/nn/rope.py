@@ -17,8 +17,8 @@ TEXT_FREQUENCIES = 8
 def angles(head_dim: int, side: float, grid: Grid, text: int, text_axis: bool, device: torch.device) -> Tensor:
     """Rotation angles of every sequence slot (text + N, head_dim / 2), float32: pairs laid out row, column, third axis (E4).
 
-    Image slot (r, c) has coordinates r * side / sqrt(h w) and c * side / sqrt(h w), so grids of another shape keep the mean side; text slot t
-    has row = column = 0 and third coordinate t * side / text.
+    Image slot (r, c) has coordinates r * side / sqrt(h w) and c * side / sqrt(h w), so grids of another shape keep the mean side; text
+    slot t has row = column = 0 and third coordinate t * side / text.
 
     Args:
         head_dim: width of a head.
@@ -51,7 +51,7 @@ def angles(head_dim: int, side: float, grid: Grid, text: int, text_axis: bool, d
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs (2i, 2i+1) of x (B, heads, m, head_dim) by the angles whose cos and sin (m, head_dim / 2) are given."""
+    """Rotate neighbouring channel pairs (2i, 2i+1) of x (B, heads, m, head_dim) by angles given by cos and sin (m, head_dim / 2)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.to(dtype), sin.to(dtype)

@@ -1,0 +1,304 @@
+"""Stage 2: the flow on the codes of a frozen codec, under constant noise."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from srcflow import randomness
+from srcflow.autoencoders.base import Autoencoder
+from srcflow.compressors.base import Compressor
+from srcflow.compressors.identity import Identity
+from srcflow.errors import ConfigError, Problems
+from srcflow.flows.flow import Flow
+from srcflow.flows.likelihood import normal_log_prob
+from srcflow.guidance.base import Guidance
+from srcflow.nn.attention import watch_logits
+from srcflow.noise import Constant, Noise
+from srcflow.pipeline import Pipeline, check_chain, locate
+from srcflow.solvers.base import Solver
+from srcflow.statistics import Moments
+from srcflow.tasks.base import Task, Weights
+from srcflow.tasks.flow_evaluation import STANDARD, Evaluation, FlowEvaluator
+from srcflow.tasks.optimization import DEFAULT, Optimization
+from srcflow.types import NULL_LABEL, Batch, BlockOutput, Condition, FlowOutput
+
+
+class FlowTask(Task):
+    """Trains a flow by exact maximum likelihood on noisy codes (SRC-Flow arXiv 2605.18267, E13 and E15), and evaluates it.
+
+    Logs `train/nll` and `val/nll` in nats per dimension of the codes, constant included, with their two parts (`prior`, `logdet`), the mean
+    and variance of z after every block, the extremes of the log-scale, and the largest attention logit.
+
+    Args:
+        flow: the flow; `srcflow.flows.presets` has the published ones.
+        codec: directory of the compressor stage (or of the autoencoder stage, or a bundle): what turns images into codes.
+        noise: noise law of the features, in units of unit-RMS tokens; null takes the autoencoder's own (dequantisation for pixels).
+        label_dropout: probability that a label is replaced by the flow's null class.
+        latent_norm_weight: weight of the sum of mean squares of the flow's input and of every block's output but the last (STARFlow: 1e-4).
+        statistics_batches: training batches to fit the flow's normalisation on; null: all.
+        guidance: guidance of every sample that the task draws.
+        solver: how blocks are inverted; null: sequentially.
+        temperature: multiplies the noise of samples.
+        evaluation: what `srcflow test` measures.
+        checkpoint_every: recompute every so many layers' activations in the backward pass; 0: keep all.
+        compile_layers: torch.compile every transformer layer.
+        autoencoder: where the codec's autoencoder is now, if its directory moved.
+        optimization: optimizer, schedule, clipping and the limit of non-finite steps.
+        seed: key of all random numbers of the task.
+        artifact: directory the result is written to at the end of fit.
+        weights: which weights are evaluated, "ema" or "raw".
+        metrics_file: where `srcflow test` writes its numbers; null: metrics.json in trainer.default_root_dir.
+    """
+
+    product: ClassVar[str] = "flow"
+
+    def __init__(
+        self,
+        flow: Flow,
+        codec: str,
+        noise: Noise | None = None,
+        label_dropout: float = 0.1,
+        latent_norm_weight: float = 0.0,
+        statistics_batches: int | None = 100,
+        guidance: Guidance | None = None,
+        solver: Solver | None = None,
+        temperature: float = 1.0,
+        evaluation: Evaluation = STANDARD,
+        checkpoint_every: int = 0,
+        compile_layers: bool = False,
+        autoencoder: str | None = None,
+        optimization: Optimization = DEFAULT,
+        seed: int = 0,
+        artifact: str | None = None,
+        weights: Weights = "ema",
+        metrics_file: str | None = None,
+    ) -> None:
+        super().__init__(optimization, seed, artifact, weights, metrics_file)
+        problems = Problems()
+        if not 0 <= label_dropout <= 1:
+            problems.add(ConfigError("label_dropout", label_dropout, "is a probability."))
+        if latent_norm_weight < 0:
+            problems.add(ConfigError("latent_norm_weight", latent_norm_weight, "must not be negative."))
+        if not temperature > 0:
+            problems.add(ConfigError("temperature", temperature, "must be positive."))
+        if checkpoint_every < 0:
+            problems.add(ConfigError("checkpoint_every", checkpoint_every, "must not be negative.", "Write 0 to keep all activations."))
+        problems.raise_if_any()
+        self.flow = flow
+        self.codec, self.moved_autoencoder = codec, autoencoder
+        self.noise = noise
+        self.label_dropout, self.latent_norm_weight, self.statistics_batches = label_dropout, latent_norm_weight, statistics_batches
+        self.guidance, self.solver, self.temperature, self.evaluation = guidance, solver, temperature, evaluation
+        self.compile_layers = compile_layers
+        flow.set_checkpointing(checkpoint_every)
+        self._totals: dict[str, Tensor] = {}
+
+    # --- set-up ------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Load the codec and check that it fits the flow and the data.
+
+        Raises:
+            ConfigError: two sizes, or the number of classes, disagree.
+            ArtifactError: the codec cannot be loaded.
+        """
+        super().setup(stage)
+        places = locate(self.codec, autoencoder=self.moved_autoencoder)
+        if "flow" in places:
+            raise ConfigError("model.codec", self.codec, "is a flow.", "Name the directory of the compressor stage.")
+        problems = Problems()
+        autoencoder = self.load_artifact("autoencoder", str(places["autoencoder"]), Autoencoder)
+        if "compressor" in places:
+            self.load_artifact("compressor", str(places["compressor"]), Compressor)
+        elif "compressor" not in self.outside:
+            self.set_outside("compressor", Identity(autoencoder.dim))
+        with problems.collect():
+            check_chain(autoencoder, self.compressor, self.flow)
+        if self.noise is None:
+            self.noise = autoencoder.default_noise()
+            if self.noise is None:
+                problems.add(ConfigError("model.noise", None, "a flow on features is trained under noise.", f"Write {Constant.__name__}."))
+        classes = getattr(cast(Any, self.trainer).datamodule, "num_classes", None)
+        if self.flow.num_classes and classes is not None and classes != self.flow.num_classes:
+            problems.add(
+                ConfigError(
+                    "model.flow num_classes",
+                    self.flow.num_classes,
+                    f"data.num_classes = {classes}.",
+                    "Make them equal; 0 for an unconditional flow.",
+                )
+            )
+        with problems.collect():
+            self.evaluation.check(autoencoder)
+        problems.raise_if_any()
+        if stage == "test" and self.evaluation.extractor is not None and "extractor" not in self.outside:
+            self.evaluation.extractor.setup()
+            self.set_outside("extractor", self.evaluation.extractor)
+        if self.compile_layers:
+            self.flow.compile_layers()
+            self.compile_layers = False
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The codec's frozen autoencoder."""
+        return cast(Autoencoder, self.outside["autoencoder"])
+
+    @property
+    def compressor(self) -> Compressor:
+        """The codec's frozen compressor."""
+        return cast(Compressor, self.outside["compressor"])
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The chain with the flow as it is now."""
+        training = self.flow.training
+        pipeline = Pipeline(self.autoencoder, self.compressor, self.flow)
+        self.flow.train(training)
+        return pipeline
+
+    def on_fit_start(self) -> None:
+        """Fit the flow's normalisation on noisy codes of the training set."""
+        super().on_fit_start()
+        norm2 = self.flow.normalization
+        if norm2 is None or bool(norm2.fitted) or self.restoring:
+            return
+        moments = Moments(self.flow.channels, covariance=True)
+        for batch in self.training_batches(self.statistics_batches):
+            moments.update(self.codes(batch, "norm2", 0), batch.get("valid"))
+        total = moments.all_reduced()
+        norm2.fit(total.mean.to(self.device), total.covariance.to(self.device))
+        rank_zero_info(f"Normalisation of the codes fitted on {total.count} tokens.")
+
+    # --- data --------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def codes(self, batch: Batch, purpose: str, step: int | None = None) -> Tensor:
+        """Noisy codes (B, N, d), at least float32, of a batch; the noise is keyed by `purpose`, `step` and the samples' indices."""
+        raw, grid = self.features_from(batch, self.autoencoder)
+        noise = self.noise_for(self.noise, raw, batch["indices"], purpose, step)
+        codes = self.compressor.compress(self.autoencoder.normalize(raw, noise), grid)
+        return codes.to(torch.promote_types(codes.dtype, torch.float32))
+
+    def condition(self, batch: Batch, *, dropout: bool) -> Condition | None:
+        """The condition of a batch, with labels dropped at random in training."""
+        if self.flow.kind != "labels":
+            return None
+        labels = batch["labels"]
+        if dropout and self.label_dropout > 0:
+            dropped = randomness.bernoulli(
+                self.label_dropout, seed=self.seed, purpose="label_dropout", step=self.global_step, indices=batch["indices"]
+            )
+            labels = torch.where(dropped.to(labels.device), NULL_LABEL, labels)
+        return Condition(labels=labels)
+
+    def log_prob_of(self, out: FlowOutput) -> Tensor:
+        """Log-density (B,) in nats of codes whose way through the flow is `out`."""
+        return normal_log_prob(out.z, self.flow.prior_std if self.flow.learn_prior else None) + out.logdet
+
+    # --- training ----------------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean negative log-likelihood in nats per dimension, plus the latent-norm penalty."""
+        codes = self.codes(batch, "train")
+        outputs, first, logdet = self._through(codes, self.condition(batch, dropout=True))
+        z = outputs[-1].z
+        dims = z[0].numel()
+        prior = -normal_log_prob(z).mean() / dims
+        volume = -logdet.mean() / dims
+        loss = nll = prior + volume
+        if self.latent_norm_weight > 0:
+            penalty = sum((o.z.square().mean() for o in outputs[:-1]), start=first.square().mean())
+            loss = nll + self.latent_norm_weight * penalty
+            self.log("train/latent_norm", penalty.detach())
+        self.flow.update_prior(z)
+        self.log("train/nll", nll.detach(), prog_bar=True)
+        self.log_dict({"train/prior": prior.detach(), "train/logdet": -volume.detach()})
+        if self.trainer._logger_connector.should_update_logs:
+            self.log_dict(self._block_statistics(outputs, "train"))
+        return loss
+
+    def _through(self, codes: Tensor, condition: Condition | None) -> tuple[list[BlockOutput], Tensor, Tensor]:
+        first, logdet = self.flow.normalize(codes)
+        outputs = self.flow.blocks_forward(codes, condition)
+        for o in outputs:
+            logdet = logdet + o.logdet.flatten(1).sum(1)
+        return outputs, first, logdet
+
+    @torch.no_grad()
+    def _block_statistics(self, outputs: list[BlockOutput], stage: str) -> dict[str, Tensor]:
+        """Mean and variance of z per block and the extremes of the log-scale over all blocks."""
+        values: dict[str, Tensor] = {}
+        low, high = [], []
+        for k, o in enumerate(outputs):
+            values[f"{stage}/z_mean_{k}"] = o.z.mean()
+            values[f"{stage}/z_var_{k}"] = o.z.var()
+            low.append((-o.logdet).amin())
+            high.append((-o.logdet).amax())
+        values[f"{stage}/log_scale_min"] = torch.stack(low).amin()
+        values[f"{stage}/log_scale_max"] = torch.stack(high).amax()
+        return values
+
+    # --- validation --------------------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation's sums."""
+        self._totals = {k: torch.zeros((), dtype=torch.float64, device=self.device) for k in ("count", "prior", "logdet")}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Negative log-likelihood under fixed noise, and its parts."""
+        codes = self.codes(batch, "validation", 0)
+        valid = batch["valid"].to(self.device)
+        with watch_logits() as logits:
+            outputs, _, logdet = self._through(codes, self.condition(batch, dropout=False))
+        prior = -normal_log_prob(outputs[-1].z, self.flow.prior_std if self.flow.learn_prior else None)
+        self._totals["count"] += valid.sum()
+        self._totals["prior"] += prior[valid].double().sum()
+        self._totals["logdet"] += logdet[valid].double().sum()
+        if batch_idx == 0:
+            largest = {"val/attention_logit_max": torch.stack(logits).amax()} if logits else {}
+            self.log_dict({**self._block_statistics(outputs, "val"), **largest}, sync_dist=True, batch_size=len(valid))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the validation set."""
+        totals = {k: cast(Tensor, self.trainer.strategy.reduce(v, reduce_op="sum")) for k, v in self._totals.items()}
+        dims = self.flow.channels * self.flow.grid[0] * self.flow.grid[1]
+        per_dim = totals["count"].clamp_min(1) * dims
+        prior, logdet = totals["prior"] / per_dim, totals["logdet"] / per_dim
+        values = {"val/nll": prior - logdet, "val/prior": prior, "val/logdet": logdet}
+        self.log_dict({k: v.float() for k, v in values.items()}, prog_bar=True, rank_zero_only=True)
+
+    def sample_images(self, labels: int | Tensor, seed: int) -> Tensor:
+        """Images (n, 3, H, W) in [0, 1] for n samples or the given labels (n,), under the task's guidance, solver and temperature."""
+        with self.trainer.precision_plugin.forward_context():
+            condition: int | Condition = labels if isinstance(labels, int) else Condition(labels=labels)
+            if not isinstance(condition, int) and self.flow.kind != "labels":
+                condition = len(condition)
+            return self.pipeline.sample(condition, seed=seed, guidance=self.guidance, solver=self.solver, temperature=self.temperature)
+
+    # --- test and prediction -----------------------------------------------------------------------------------------------------
+
+    def on_test_epoch_start(self) -> None:
+        """Begin an evaluation."""
+        self._evaluator = FlowEvaluator(self)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """See `FlowEvaluator`."""
+        self._evaluator.update(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Finish the evaluation, print the table and write metrics.json."""
+        numbers = self._evaluator.finish()
+        self.log_dict({f"test/{k}": float(v) for k, v in numbers.items() if isinstance(v, int | float)}, rank_zero_only=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Per image: `indices`, `nll` (B,) in nats per dimension, and `log_probs` (B, classes) of the classes given the image, if any."""
+        codes = self.codes(batch, "predict", 0)
+        out: dict[str, Tensor] = {"indices": batch["indices"]}
+        out["nll"] = -self.flow.log_prob(codes, self.condition(batch, dropout=False)) / codes[0].numel()
+        if self.flow.num_classes:
+            out["log_probs"] = self.flow.class_log_probs(codes).log_softmax(1)
+        return out

@@ -1,0 +1,329 @@
+"""What `srcflow test` measures of a flow: likelihood, invertibility, distances between sets of images, generative accuracy."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from srcflow import randomness
+from srcflow.autoencoders.base import Autoencoder
+from srcflow.errors import ConfigError, DataError, Problems
+from srcflow.metrics.features.base import Extractor
+from srcflow.metrics.frechet import FrechetDistance, sized_name
+from srcflow.metrics.likelihood import GaussianBaseline, bits_per_dim
+from srcflow.metrics.reconstruction import ReconstructionMetrics
+from srcflow.registry import spec_of
+from srcflow.tasks.report import table, write_metrics
+from srcflow.types import Batch, Condition
+
+if TYPE_CHECKING:
+    from srcflow.tasks.flow import FlowTask
+
+FULL_GAUSSIAN_DIMS = 8192
+"""Above so many dimensions N * d the baseline's covariance is per token (a full one would be half a gigabyte)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `srcflow test` measures. Every number that is switched off costs nothing.
+
+    Args:
+        draws: noise draws per image for the likelihood.
+        samples: N, images on each side of every Frechet distance; 0 switches the distances and the sampling off.
+        extractor: network whose features the distances compare; never the one that made the codes. null: no distances.
+        reference: npz with mu and sigma (ADM's format) of the real images for gfid, made with the same extractor; null: the test images.
+        labels: classes of the samples, "equal" numbers of each or "random".
+        classified: test images for the accuracy argmax_y log p(x|y) and the marginal likelihood; 0 switches both off.
+        baseline_batches: training batches that the Gaussian baseline is fitted on; null: all; 0 switches it off.
+        round_trip: samples for the round-trip error.
+        floor: whether to measure the real-against-real floor (reads N training images).
+    """
+
+    draws: int = 1
+    samples: int = 50_000
+    extractor: Extractor | None = None
+    reference: str | None = None
+    labels: Literal["equal", "random"] = "equal"
+    classified: int = 2_000
+    baseline_batches: int | None = None
+    round_trip: int = 16
+    floor: bool = True
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if self.draws < 1:
+            problems.add(ConfigError("evaluation.draws", self.draws, "an expectation needs at least one draw."))
+        for key in ("samples", "classified", "round_trip"):
+            if getattr(self, key) < 0:
+                problems.add(ConfigError(f"evaluation.{key}", getattr(self, key), "must not be negative.", "Write 0 to switch it off."))
+        if self.labels not in ("equal", "random"):
+            problems.add(ConfigError("evaluation.labels", self.labels, "unknown.", 'Write "equal" or "random".'))
+        problems.raise_if_any()
+
+    def check(self, autoencoder: Autoencoder) -> None:
+        """Refuse to judge codes by the network that made them.
+
+        Raises:
+            ConfigError: the extractor holds the autoencoder's own encoder.
+        """
+        encoder, judge = getattr(autoencoder, "encoder", None), getattr(self.extractor, "encoder", None)
+        judge = getattr(judge, "module", judge)
+        if encoder is None or judge is None or type(encoder) is not type(judge):
+            return
+        settings = [{k: v for k, v in spec_of(e)["init_args"].items() if k not in ("image_size", "weights")} for e in (encoder, judge)]
+        if settings[0] == settings[1]:
+            raise ConfigError(
+                "evaluation.extractor",
+                self.extractor.name if self.extractor is not None else None,
+                "is the network that made the codes, which would flatter them.",
+                "Judge with another network or size.",
+            )
+
+
+STANDARD = Evaluation()
+"""What a configuration gets that names nothing: 50,000 samples, no extractor."""
+
+
+class FlowEvaluator:
+    """One run of `srcflow test`; every rank sees its own share of the test set.
+
+    Args:
+        task: the task, set up, with the weights to evaluate in place.
+    """
+
+    def __init__(self, task: FlowTask) -> None:
+        self.task, self.settings = task, task.evaluation
+        self.extractor: Extractor | None = task.outside.get("extractor")  # type: ignore[assignment]
+        self.autoencoder, self.compressor, self.flow = task.autoencoder, task.compressor, task.flow
+        self.dims = self.flow.channels * self.flow.grid[0] * self.flow.grid[1]
+        rank, world = task.global_rank, task.trainer.world_size
+        self._compared, self._classified = (_share(n, rank, world) for n in (self.settings.samples, self.settings.classified))
+        if self.extractor is None or not self.settings.samples:
+            self._compared = 0
+        self._sums: dict[str, Tensor] = {}
+        self._seen_compared = self._seen_classified = 0
+        self._distances: dict[str, FrechetDistance] = {}
+        self._reconstructions: dict[str, ReconstructionMetrics] = {}
+        self._baseline = self._fit_baseline()
+
+    # --- over the test set -----------------------------------------------------------------------------------------------------
+
+    def update(self, batch: Batch) -> None:
+        """Take in a batch of the test set."""
+        valid = batch["valid"].to(self.task.device)
+        labels = batch["labels"].to(self.task.device)
+        condition = self.task.condition(batch, dropout=False)
+        chosen = valid & (self._seen_classified + valid.cumsum(0) <= (self._classified if self.flow.num_classes else 0))
+        self._seen_classified += int(chosen.sum())
+        joint = torch.zeros((), device=self.task.device)
+        for k in range(self.settings.draws):
+            codes = self.task.codes(batch, "test", k)
+            self._likelihood(codes[valid], None if condition is None else condition.index(valid))
+            if bool(chosen.any()):
+                densities = self.flow.class_log_probs(codes[chosen])
+                joint = joint + densities
+                marginal = torch.logsumexp(densities, 1) - math.log(self.flow.num_classes)
+                self._add("nll_marginal", -marginal / self.dims)
+                if self._baseline is not None:
+                    self._add("gaussian_on_classified", self._baseline.nll(codes[chosen]))
+        if bool(chosen.any()):
+            known = labels[chosen] >= 0
+            self._add("accuracy", (joint.argmax(1) == labels[chosen])[known].double())
+        if self._seen_compared < self._compared:
+            self._compare_reconstructions(batch, valid)
+
+    def _likelihood(self, codes: Tensor, condition: Condition | None) -> None:
+        out = self.flow(codes, condition)
+        self._add("nll", -self.task.log_prob_of(out) / self.dims)
+        self._add("logdet", out.logdet / self.dims)
+        if self._baseline is not None:
+            self._add("gaussian", self._baseline.nll(codes))
+
+    def _compare_reconstructions(self, batch: Batch, valid: Tensor) -> None:
+        images = self.task.images_from(batch)
+        keep = valid & (self._seen_compared + valid.cumsum(0) <= self._compared)
+        self._seen_compared += int(keep.sum())
+        raw, grid = self.task.features_from(batch, self.autoencoder)
+        noise = self.task.noise_for(self.task.noise, raw, batch["indices"], "test", 0)
+        real = self._features(images)
+        for side in ("gfid", "rfid", "rfid_noisy", "floor"):
+            if not (side == "gfid" and self.settings.reference):
+                self._distance(side).update(real, real=True, valid=keep)
+        for name, eps in (("rfid", None), ("rfid_noisy", noise)):
+            codes = self.compressor.compress(self.autoencoder.normalize(raw, eps), grid)
+            decoded = self.autoencoder.decode(self.compressor.expand(codes, grid), grid).float().clamp(0, 1)
+            features = self._features(decoded)
+            self._distance(name).update(features, valid=keep)
+            if name == "rfid_noisy":
+                self._distance("fd_decoded").update(features, real=True, valid=keep)
+            metrics = self._reconstructions.setdefault(name, ReconstructionMetrics().to(images.device))
+            metrics.update(decoded, images, valid=keep)
+
+    # --- after it ----------------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Any]:
+        """Sample, compare, print the table and write metrics.json; returns the numbers."""
+        numbers: dict[str, Any] = {"nll": self._mean("nll")}
+        numbers["nll_prior"] = numbers["nll"] + self._mean("logdet")
+        numbers["nll_logdet"] = -self._mean("logdet")
+        if "nll_marginal" in self._sums:
+            numbers["nll_marginal"] = self._mean("nll_marginal")
+        if self._baseline is not None:
+            numbers["nll_gaussian"] = self._mean("gaussian_on_classified" if "gaussian_on_classified" in self._sums else "gaussian")
+        if self.autoencoder.pixel_density and self.autoencoder.bin_width is not None:
+            log_prob = torch.tensor(-numbers["nll"] * self.dims, dtype=torch.float64)
+            numbers["bits_per_dim"] = float(bits_per_dim(log_prob, self.dims, bin_width=self.autoencoder.bin_width))
+        if "accuracy" in self._sums and float(self._sums["accuracy"][1]):
+            numbers["accuracy"] = self._mean("accuracy")
+        if self.settings.round_trip:
+            numbers["round_trip_error"] = self._round_trip()
+        if self._compared:
+            numbers.update(self._compare_samples())
+        protocol = self._protocol()
+        if self.task.trainer.is_global_zero:
+            path = self.task.metrics_path()
+            write_metrics(path, numbers, protocol)
+            print(table(numbers, f"{type(self.task).__name__}: {self.settings.samples} samples, judged by {protocol['extractor']}"))
+            rank_zero_info(f"Wrote {path}.")
+        return numbers
+
+    def _compare_samples(self) -> dict[str, Any]:
+        rank, world = self.task.global_rank, self.task.trainer.world_size
+        n = self.settings.samples
+        labels = self._labels(n)
+        batch = self._batch_size()
+        start = time.perf_counter()
+        done = 0
+        for lo in range(rank * batch, n, world * batch):
+            indices = torch.arange(lo, min(lo + batch, n))
+            images = self._sample(indices, None if labels is None else labels[indices])
+            done += len(indices)
+            features = self._features(images)
+            self._distance("gfid").update(features)
+            self._distance("fd_decoded").update(features)
+            rank_zero_info(f"sampled {min(lo + world * batch, n)} of {n}")
+        seconds = time.perf_counter() - start
+        numbers: dict[str, Any] = {"images_per_second": done * world / seconds}
+        if self.settings.floor:
+            seen = 0
+            for images in self._training_images():
+                images = images[: self._compared - seen]
+                seen += len(images)
+                self._distance("floor").update(self._features(images))
+                if seen >= self._compared:
+                    break
+        else:
+            self._distances.pop("floor", None)
+        for name, distance in self._distances.items():
+            numbers[sized_name(name, n)] = float(distance.compute())
+        for name, metrics in self._reconstructions.items():
+            suffix = "_noisy" if name == "rfid_noisy" else ""
+            numbers.update({f"reconstruction_{k}{suffix}": v for k, v in metrics.compute().items()})
+        return numbers
+
+    def _round_trip(self) -> float:
+        """Largest |f(f^-1(u)) - u| over samples, in float32."""
+        n = self.settings.round_trip
+        u = randomness.normal(
+            (self.dims // self.flow.channels, self.flow.channels), seed=self.task.seed, purpose="round_trip", step=0, indices=range(n)
+        )
+        u = u.to(self.task.device)
+        condition = None
+        if self.flow.num_classes:
+            condition = Condition(labels=torch.arange(n, device=u.device) % self.flow.num_classes)
+        with torch.autocast(u.device.type, enabled=False):
+            x = self.flow.inverse(u, condition, solver=self.task.solver)
+            return float((self.flow(x, condition).z - u).abs().max())
+
+    def _sample(self, indices: Tensor, labels: Tensor | None) -> Tensor:
+        task = self.task
+        with task.trainer.precision_plugin.forward_context():
+            condition: int | Condition = len(indices) if labels is None else Condition(labels=labels)
+            return task.pipeline.sample(
+                condition,
+                seed=task.seed,
+                indices=indices,
+                guidance=task.guidance,
+                solver=task.solver,
+                temperature=task.temperature,
+            )
+
+    def _labels(self, n: int) -> Tensor | None:
+        classes = self.flow.num_classes
+        if not classes:
+            return None
+        if self.settings.labels == "equal":
+            return torch.arange(n) % classes
+        return (randomness.uniform((), seed=self.task.seed, purpose="sample_labels", step=0, indices=range(n)) * classes).long()
+
+    def _batch_size(self) -> int:
+        return int(getattr(cast(Any, self.task.trainer).datamodule, "batch_size", 64))
+
+    def _training_images(self) -> Iterator[Tensor]:
+        datamodule = cast(Any, self.task.trainer).datamodule
+        datamodule.setup("fit")
+        for batch in self.task.training_batches():
+            yield self.task.images_from(batch)
+
+    def _fit_baseline(self) -> GaussianBaseline | None:
+        limit = self.settings.baseline_batches
+        if limit == 0:
+            return None
+        kind: Literal["full", "token"] = "full" if self.dims <= FULL_GAUSSIAN_DIMS else "token"
+        baseline = GaussianBaseline(self.dims // self.flow.channels, self.flow.channels, kind)
+        cast(Any, self.task.trainer).datamodule.setup("fit")
+        for batch in self.task.training_batches(limit):
+            baseline.update(self.task.codes(batch, "baseline", 0), batch["valid"])
+        return baseline.fit()
+
+    def _protocol(self) -> dict[str, Any]:
+        settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings) if f.name != "extractor"}
+        return self.task.protocol(
+            **settings,
+            extractor=None if self.extractor is None else self.extractor.name,
+            noise=None if self.task.noise is None else spec_of(self.task.noise),
+            guidance=None if self.task.guidance is None else spec_of(self.task.guidance),
+            solver="Sequential" if self.task.solver is None else spec_of(self.task.solver),
+            temperature=self.task.temperature,
+            gaussian=None if self._baseline is None else self._baseline.kind,
+            units={"nll": "nats per dimension of the noisy code", "images_per_second": "sampled images, all ranks"},
+        )
+
+    # --- sums ----------------------------------------------------------------------------------------------------------------------
+
+    def _features(self, images: Tensor) -> Tensor:
+        if self.extractor is None:
+            raise ConfigError("evaluation.extractor", None, "Frechet distances need one.")
+        with torch.autocast(images.device.type, enabled=False):
+            return self.extractor(images.float())
+
+    def _distance(self, name: str) -> FrechetDistance:
+        if name not in self._distances:
+            if self.extractor is None:
+                raise ConfigError("evaluation.extractor", None, "Frechet distances need one.")
+            reference = self.settings.reference if name == "gfid" else None
+            distance = FrechetDistance(self.extractor.dim, reference=reference, small_sample=True).to(self.task.device)
+            distance.setup()
+            self._distances[name] = distance
+        return self._distances[name]
+
+    def _add(self, name: str, values: Tensor) -> None:
+        pair = torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
+        self._sums[name] = self._sums.get(name, torch.zeros_like(pair)) + pair
+
+    def _mean(self, name: str) -> float:
+        total = cast(Tensor, self.task.trainer.strategy.reduce(self._sums[name], reduce_op="sum"))
+        if total[1] == 0:
+            raise DataError(f"{name}: no sample was measured; the test set is empty, or has no labels.")
+        return float(total[0] / total[1])
+
+
+def _share(n: int, rank: int, world: int) -> int:
+    return n // world + (rank < n % world)
