@@ -1,7 +1,8 @@
 """Random numbers keyed by (seed, purpose, step, global sample index).
 
 Every sample has a generator of its own, so what is drawn for it does not depend on the batch size, the number of ranks or workers, the
-order, or on a resumed run. Draws are made on the CPU by a counter-based generator (Philox, 128-bit keys) and moved to the device by the caller.
+order, or on a resumed run. Draws are made on the CPU by a counter-based generator (Philox, 128-bit keys); the caller moves them to the
+device.
 """
 
 from __future__ import annotations

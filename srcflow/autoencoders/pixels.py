@@ -66,7 +66,7 @@ class PixelPatches(Autoencoder):
         """See `Autoencoder.decode`: the grey level each number lies in, as k / (L - 1). A step function: no gradient passes."""
         tokens = x.to(torch.promote_types(x.dtype, torch.float32))
         level = ((tokens + 1) * (self.levels / 2)).floor()
-        return unpatchify(level / (self.levels - 1), self.grid if grid is None else grid, self.patch_size, order="cpp")
+        return unpatchify(level / (self.levels - 1), self.patch_size, self.grid if grid is None else grid, order="cpp")
 
     def default_noise(self) -> Dequantisation:
         """Uniform noise of one grey level."""

@@ -102,7 +102,7 @@ class ViTDecoder(nn.Module, metaclass=Recorded):
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Images (B, C, H, W) in the encoder's normalised units from `forward`'s patches (B, N0, p * p * C)."""
-        return unpatchify(patches, self.grid, self.patch, order="ppc")
+        return unpatchify(patches, self.patch, self.grid, order="ppc")
 
     def _source(self, n: int) -> Grid:
         if n == self.grid[0] * self.grid[1]:

@@ -13,7 +13,7 @@ LOG_2PI = math.log(2.0 * math.pi)
 
 
 def normal_log_prob(z: Tensor, std: Tensor | None = None) -> Tensor:
-    """Log-density (B,) in nats, at least float32, of z (B, N, d) under independent normals of mean 0 and standard deviation `std` (N, d)."""
+    """Log-density (B,) in nats, at least float32, of z (B, N, d) under independent normals of mean 0 and deviation `std` (N, d)."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     constant = 0.5 * z[0].numel() * LOG_2PI
     if std is None:

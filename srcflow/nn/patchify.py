@@ -38,13 +38,13 @@ def patchify(images: Tensor, patch_size: int, order: Order = "cpp") -> Tensor:
     return x.reshape(b, (height // p) * (width // p), c * p * p)
 
 
-def unpatchify(tokens: Tensor, grid: Grid, patch_size: int, order: Order = "cpp") -> Tensor:
+def unpatchify(tokens: Tensor, patch_size: int, grid: Grid, order: Order = "cpp") -> Tensor:
     """Put patches together again: the inverse of `patchify`.
 
     Args:
         tokens: (B, N, C * p * p) in row-major order.
-        grid: (rows, columns), N = rows * columns.
         patch_size: side p of a patch.
+        grid: (rows, columns), N = rows * columns.
         order: order of a token's numbers, as in `patchify`.
 
     Returns:
