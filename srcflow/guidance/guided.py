@@ -30,7 +30,7 @@ class GuidedBlock:
         block: the positive stream's block.
         guidance: the rule.
         negative_block: the negative stream's block, if it is another flow's (autoguidance).
-        negative_condition: the negative condition, resolved (nulls filled in) by the flow.
+        negative_condition: the negative condition, resolved (nulls filled in) by the flow; None means the rule's own.
 
     Raises:
         ConfigError: a coupling has no affine view.
@@ -48,7 +48,7 @@ class GuidedBlock:
     ) -> None:
         self.block, self.guidance = block, guidance
         self.negative_block = block if negative_block is None else negative_block
-        self.negative_condition = negative_condition
+        self.negative_condition = guidance.negative.condition if negative_condition is None else negative_condition
         for b in (self.block, self.negative_block):
             if b.coupling.affine(torch.zeros(1, 1, b.coupling.params_per_channel, 1)) is None:
                 raise ConfigError(
@@ -138,7 +138,7 @@ class GuidedBlock:
         elif t == tn:
             temperature = t
         else:
-            temperature = torch.tensor([float(t)] * batch + [float(tn)] * batch)
+            temperature = torch.tensor([float(t)] * batch + [float(tn)] * batch, dtype=torch.float64)
         return ctx.replace(condition=joined, attention_temperature=temperature)
 
 

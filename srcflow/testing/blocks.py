@@ -144,6 +144,9 @@ def check_block(
             close(step, full[:, i + 1 : i + 2], 1e-10, block, f"extend, token by token: parameters of token {i + 1} and params")
         sweep, _ = trial.start(ctx, batch, tokens, u.dtype)
         close(trial.extend(u[:, : tokens - 1], 0, sweep), full[:, 1:], 1e-10, block, "extend in one sweep and params")
+        whole = trial.extend(u, 0, sweep)
+        require(whole.shape == full.shape, block, f"extend over all tokens gives shape {tuple(whole.shape)}, expected {tuple(full.shape)}.")
+        close(whole[:, :-1], full[:, 1:], 1e-10, block, "extend in a sweep that includes the last token, and params")
         again, _ = trial.start(ctx, batch, tokens, u.dtype)
         trial.extend(u[:, :2], 0, again)
         trial.extend(-u[:, 2 : tokens - 1], 2, again)  # a wrong guess, to be overwritten

@@ -31,8 +31,8 @@ def check_coupling(coupling: Coupling, *, dim: int = 5, tokens: int = 4, batch: 
 
     x = normal(batch, tokens, dim, seed=seed)
     params = 0.5 * normal(batch, tokens, p, dim, seed=seed + 1)
-    _identity(coupling, x, p)
     _shapes(coupling, x, params)
+    _identity(coupling, x, p)
     _inversion(coupling, x, params)
     _log_determinant(coupling, x, params)
     _tokens(coupling, x, params)

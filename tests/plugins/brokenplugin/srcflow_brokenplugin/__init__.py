@@ -1,0 +1,1 @@
+"""Parts for srcflow that cannot be loaded, and one that can."""

@@ -1,0 +1,1 @@
+"""Parts for srcflow from somebody else: an encoder, two couplings and a guidance rule."""
