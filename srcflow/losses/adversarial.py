@@ -22,8 +22,8 @@ from srcflow.registry import Recorded
 class Head(nn.Module):
     """Logits of one feature map: a pointwise convolution, a residual wide one along the raster of tokens, and a pointwise read-out.
 
-    All convolutions are spectrally normalised. The norms take one sample as a whole (one group, so that no channel loses its mean, which may
-    be what tells the sets apart); a logit does not depend on the batch.
+    All convolutions are spectrally normalised. The norms take one sample as a whole (one group, so that no channel loses its mean, which
+    may be what tells the sets apart); a logit does not depend on the batch.
 
     Args:
         dim: channels C of the feature map.

@@ -30,4 +30,4 @@ class Extractor(nn.Module, metaclass=Recorded):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, dim), float32, of images (B, 3, H, W) in [0, 1]; the extractor quantises to 8 bits, resizes and normalises itself."""
+        """Features (B, dim), float32, of images (B, 3, H, W) in [0, 1]; quantising to 8 bits, resizing and normalising are its own."""
