@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
 from srcflow.metrics.codes import CodeHealth
 from srcflow.metrics.frechet import FrechetDistance
@@ -42,17 +43,22 @@ def measure(rank: int, world: int) -> dict[str, float]:
 
 
 def work(rank: int, folder: str) -> None:
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     torch.save(measure(rank, WORLD), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    mp.start_processes(work, args=(str(tmp_path),), nprocs=WORLD, start_method="fork")
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment) for rank in range(WORLD)]
     expected = measure(0, 1)
+    assert [rank.wait(timeout=120) for rank in ranks] == [0] * WORLD
     for rank in range(WORLD):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert abs(found[name] - value) <= 1e-6 * max(1, abs(value)), name
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2])
