@@ -91,47 +91,43 @@ class ChannelNormalization(Normalization):
 
 
 class Whitening(Normalization):
-    """y = W (x - mean) with W the symmetric inverse square root of the channels' covariance: full-covariance whitening (E13).
+    """y = L^-1 (x - mean) with L the Cholesky factor of the channels' covariance: full-covariance whitening (E13).
+
+    Only L is stored; map, inverse and log-determinant are all derived from it, so they agree in any floating type.
 
     Args:
         channels: width d of a token.
     """
 
     mean: Tensor
-    weight: Tensor
-    inverse_weight: Tensor
-    log_det: Tensor
+    factor: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("weight", torch.eye(channels))
-        self.register_buffer("inverse_weight", torch.eye(channels))
-        self.register_buffer("log_det", torch.zeros(()))
+        self.register_buffer("factor", torch.eye(channels))
 
     def fit(self, mean: Tensor, covariance: Tensor) -> None:
         """See `Normalization.fit`."""
         self._check(mean, covariance)
-        values, vectors = torch.linalg.eigh(covariance.double())
-        if not float(values.min()) > 1e-10 * float(values.max()):
+        factor, failed = torch.linalg.cholesky_ex(covariance.double())
+        if int(failed) or bool((factor.diagonal().square() <= 1e-10 * covariance.diagonal()).any()):
             raise ConfigError(
-                "flow.normalization", float(values.min()), "the codes' covariance is singular.", "Use fewer code channels, or more noise."
+                "flow.normalization", "Whitening", "the codes' covariance is singular.", "Use fewer code channels, or more noise."
             )
         self.mean.copy_(mean)
-        self.weight.copy_(vectors @ values.rsqrt().diag() @ vectors.T)
-        self.inverse_weight.copy_(vectors @ values.sqrt().diag() @ vectors.T)
-        self.log_det.copy_(-0.5 * values.log().sum())
+        self.factor.copy_(factor)
         self.fitted.fill_(True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Normalization.forward`."""
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, self.weight.dtype)
-            y = (x.to(dtype) - self.mean) @ self.weight.to(dtype).T
-        return y, self.log_det.to(dtype).mul(x.shape[1]).expand(x.shape[0])
+        dtype = torch.promote_types(x.dtype, self.factor.dtype)
+        factor = self.factor.to(dtype)
+        y = torch.linalg.solve_triangular(factor, (x.to(dtype) - self.mean).mT, upper=False).mT
+        return y, -factor.diagonal().log().sum().mul(x.shape[1]).expand(x.shape[0])
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `Normalization.inverse`."""
         with torch.autocast(y.device.type, enabled=False):
-            dtype = torch.promote_types(y.dtype, self.weight.dtype)
-            return y.to(dtype) @ self.inverse_weight.to(dtype).T + self.mean
+            dtype = torch.promote_types(y.dtype, self.factor.dtype)
+            return y.to(dtype) @ self.factor.to(dtype).T + self.mean
