@@ -126,7 +126,8 @@ class RepresentationAutoencoder(Autoencoder):
             ShapeError: the tokens are not those of the nominal grid.
         """
         x = raw if noise is None else raw + noise
-        return (x - self.mean) / self._scale(x)
+        divisor = self._scale(x)  # checks the shape
+        return (x - self.mean) / divisor
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Raw features (B, N, D) of normalised ones: the inverse of `normalize`. Raises as `normalize` does."""

@@ -48,7 +48,8 @@ class ViTDecoder(nn.Module, metaclass=Recorded):
 
         if dim % 4 or dim % heads:
             raise ConfigError("decoder.dim", dim, f"must be a multiple of 4 (sin-cos positions) and of decoder.heads = {heads}.")
-        self.latent_dim, self.dim, self.patch, self.channels = latent_dim, dim, patch, channels
+        self.latent_dim, self.dim, self.depth, self.heads = latent_dim, dim, depth, heads
+        self.patch, self.channels = patch, channels
         self.grid: Grid = pair(grid, "decoder.grid")
         norm: Any = partial(nn.LayerNorm, eps=1e-12)
         self.embed = nn.Linear(latent_dim, dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from srcflow.encoders.timm_vit import TimmViT
+from srcflow.errors import ConfigError
 
 
 class DINOv2(TimmViT):
@@ -28,4 +29,7 @@ class DINOv2(TimmViT):
         last_layers: int = 1,
         timm_args: dict[str, Any] | None = None,
     ) -> None:
+        sizes = ("small", "base", "large", "giant")
+        if size not in sizes:
+            raise ConfigError("encoder.size", size, "no such size of DINOv2.", f"Known: {', '.join(sizes)}.")
         super().__init__(f"vit_{size}_patch14_reg4_dinov2.lvd142m", image_size, weights, last_layers, timm_args=timm_args)

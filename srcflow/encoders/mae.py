@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from srcflow.encoders.timm_vit import TimmViT
+from srcflow.errors import ConfigError
 
 _NAMES = {"base": "vit_base_patch16_224.mae", "large": "vit_large_patch16_224.mae", "huge": "vit_huge_patch14_224.mae"}
 
@@ -30,5 +31,6 @@ class MAE(TimmViT):
         last_layers: int = 1,
         timm_args: dict[str, Any] | None = None,
     ) -> None:
-        name = _NAMES.get(size, f"vit_{size}_patch16_224.mae")  # an unknown size becomes TimmViT's unknown name
-        super().__init__(name, image_size, weights, last_layers, norm_eps=1e-12, antialias=False, timm_args=timm_args)
+        if size not in _NAMES:
+            raise ConfigError("encoder.size", size, "no such size of MAE.", f"Known: {', '.join(_NAMES)}.")
+        super().__init__(_NAMES[size], image_size, weights, last_layers, norm_eps=1e-12, antialias=False, timm_args=timm_args)
