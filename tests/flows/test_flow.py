@@ -146,7 +146,7 @@ def test_every_block_keeps_the_protocol(flow: Flow) -> None:
     condition = flow.resolve(condition_for(flow), 2)
     if condition is not None and condition.text is not None:
         condition = Condition(text=condition.text.double())
-    for b in flow.blocks:
+    for b in (b for b in flow.blocks if b.layer_count):
         check_block(b, shape=(2, 6, 3), condition=condition, grid=GRID)
 
 
@@ -176,7 +176,7 @@ def test_density_integrates_to_one(grid: tuple[int, int], channels: int, couplin
     layers = {"layers": [1, 1]} if coupling == "softplus" else {"blocks": 2, "layers": 1}
     flow = perturb(make(grid, channels, 32, head_dim=16, **layers), 0.1).double()
     dims, n, reach = grid[0] * grid[1] * channels, 1201, 12.0
-    axis = torch.linspace(-reach, reach, n if dims == 1 else 401, dtype=torch.float64)
+    axis = torch.linspace(-reach, reach, n if dims == 1 else 161, dtype=torch.float64)
     points = torch.cartesian_prod(*[axis] * dims).reshape(-1, grid[0] * grid[1], channels)
     with torch.no_grad():
         mass = flow.log_prob(points).exp().sum() * (axis[1] - axis[0]) ** dims
@@ -382,11 +382,10 @@ def test_normalisation_gives_unit_covariance(make: type[ChannelNormalization] | 
     norm = make(3).double()
     norm.fit(rows.mean(0), covariance)
     y, _ = norm(x)
-    found = torch.cov(y.flatten(0, 1).T, correction=0)
-    expected = torch.eye(3, dtype=torch.float64)
-    torch.testing.assert_close(
-        found.diagonal() if make is ChannelNormalization else found, expected.diagonal() if make is ChannelNormalization else expected
-    )
+    found, expected = torch.cov(y.flatten(0, 1).T, correction=0), torch.eye(3, dtype=torch.float64)
+    if make is ChannelNormalization:  # leaves the correlations
+        found, expected = found.diagonal(), expected.diagonal()
+    torch.testing.assert_close(found, expected)
     torch.testing.assert_close(norm.inverse(y), x)
 
 
