@@ -1,0 +1,262 @@
+"""FlowTask through a real Trainer on tiny codecs: training, evaluation, pixels, artifacts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from srcflow import artifacts
+from srcflow.autoencoders.pixels import PixelPatches
+from srcflow.callbacks.ema import EMA
+from srcflow.errors import ConfigError, NonFiniteError
+from srcflow.flows import presets
+from srcflow.flows.flow import Flow
+from srcflow.guidance.linear import Linear
+from srcflow.metrics.features.base import Extractor
+from srcflow.noise import Constant
+from srcflow.pipeline import Pipeline
+from srcflow.tasks.flow import FlowTask
+from srcflow.tasks.flow_evaluation import Evaluation
+from srcflow.tasks.optimization import Optimization
+from srcflow.testing import perturb
+from srcflow.types import Condition
+
+
+class Squares(Dataset[dict[str, Any]]):
+    """12 x 12 images of three classes: a bright half whose side tells the class, with noise."""
+
+    def __init__(self, n: int, offset: int) -> None:
+        g = torch.Generator().manual_seed(offset)
+        self.labels = torch.arange(n) % 3
+        images = torch.randint(0, 60, (n, 3, 12, 12), generator=g)
+        images[self.labels == 0, :, :6] += 160
+        images[self.labels == 1, :, 6:] += 160
+        images[self.labels == 2, :, :, :6] += 160
+        self.images, self.indices = images.to(torch.uint8), torch.arange(n) + offset
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"images": self.images[i], "labels": self.labels[i], "indices": self.indices[i], "valid": torch.tensor(True)}
+
+
+class SquaresData(L.LightningDataModule):
+    num_classes, batch_size = 3, 16
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Squares(96, 0), batch_size=self.batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Squares(32, 1000), batch_size=self.batch_size)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"name": "squares"}
+
+
+class Means(Extractor):
+    """Mean colour of each quadrant: enough of a judge."""
+
+    name, dim = "means", 12
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1).float()
+
+
+@pytest.fixture
+def codec(tmp_path: Path) -> str:
+    return str(artifacts.save(tmp_path / "codec", PixelPatches(12, 6)))
+
+
+def trainer(tmp_path: Path, steps: int = 12, **kwargs: Any) -> L.Trainer:
+    settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "callbacks": [EMA(0.9)], **kwargs}
+    return L.Trainer(
+        accelerator="cpu", max_steps=steps, default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False, **settings
+    )
+
+
+def make(codec: str, **kwargs: Any) -> FlowTask:
+    torch.manual_seed(0)
+    flow = kwargs.pop("flow", None) or presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32)
+    return FlowTask(flow, codec, optimization=Optimization(learning_rate=3e-3, warmup_steps=2), **kwargs)
+
+
+def test_fit_then_test(tmp_path: Path, codec: str) -> None:
+    task = make(codec, artifact=str(tmp_path / "flow"), latent_norm_weight=1e-4)
+    run = trainer(tmp_path, steps=120)
+    run.fit(task, SquaresData())
+    assert bool(task.flow.normalization.fitted)
+    assert {"val/nll", "val/prior", "val/logdet", "val/z_var_1", "val/z_mean_0", "val/log_scale_max", "val/attention_logit_max"} <= set(
+        run.callback_metrics
+    )
+    parts = run.callback_metrics
+    assert float(parts["val/nll"]) == pytest.approx(float(parts["val/prior"] - parts["val/logdet"]), abs=1e-5)
+
+    evaluation = Evaluation(draws=2, samples=24, extractor=Means(), classified=32, round_trip=3, baseline_batches=0)
+    tester = make(
+        codec,
+        flow=artifacts.load(tmp_path / "flow", Flow),
+        evaluation=evaluation,
+        guidance=Linear(0.5),
+        metrics_file=str(tmp_path / "m.json"),
+    )
+    trainer(tmp_path, callbacks=[]).test(tester, SquaresData(), verbose=False)
+    written = json.loads((tmp_path / "m.json").read_text())
+    numbers, protocol = written["metrics"], written["protocol"]
+    assert numbers["accuracy"] > 0.9
+    assert numbers["nll_marginal"] >= numbers["nll"] - 1e-6  # the mixture over classes is at most the true class's density
+    assert numbers["nll"] == pytest.approx(numbers["nll_prior"] + numbers["nll_logdet"], abs=1e-9)
+    assert numbers["round_trip_error"] < 1e-4
+    assert numbers["bits_per_dim"] == pytest.approx(
+        (numbers["nll"] + torch.log(torch.tensor(128.0)).item()) / torch.log(torch.tensor(2.0)).item(), abs=1e-6
+    )
+    for name in ("gfid_24", "rfid_24", "rfid_noisy_24", "fd_decoded_24", "floor_24", "images_per_second", "reconstruction_l1"):
+        assert numbers[name] >= 0
+    assert numbers["rfid_24"] < 1e-6  # pixels are reconstructed exactly
+    assert protocol["extractor"] == "means"
+    assert protocol["guidance"]["init_args"]["strength"] == 0.5
+    assert protocol["samples"] == 24
+
+
+def test_guidance_and_sample_count_change_at_test_time(tmp_path: Path, codec: str) -> None:
+    numbers = []
+    for guidance, samples in ((None, 24), (Linear(3.0), 24), (None, 16)):
+        torch.manual_seed(0)
+        flow = perturb(presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32), 0.1)
+        evaluation = Evaluation(samples=samples, extractor=Means(), baseline_batches=0, classified=0)
+        file = tmp_path / "m.json"
+        task = make(codec, flow=flow, evaluation=evaluation, guidance=guidance, metrics_file=str(file))
+        trainer(tmp_path, callbacks=[]).test(task, SquaresData(), verbose=False)
+        numbers.append(json.loads(file.read_text())["metrics"])
+    assert numbers[0]["nll"] == numbers[1]["nll"]
+    assert numbers[0]["gfid_24"] != numbers[1]["gfid_24"]
+    assert "gfid_16" in numbers[2]
+    assert "accuracy" not in numbers[0]
+    assert "nll_gaussian" not in numbers[0]
+
+
+def test_the_baseline_is_the_gaussian_of_the_training_codes(tmp_path: Path) -> None:
+    codec = str(artifacts.save(tmp_path / "codec", PixelPatches(12, 12)))
+    flow = presets.srcflow((1, 1), 432, 32, [1], num_classes=3, head_dim=32)
+
+    class Plenty(SquaresData):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(Squares(900, 0), batch_size=50)
+
+    task = make(codec, flow=flow, evaluation=Evaluation(samples=0, classified=0), metrics_file=str(tmp_path / "m.json"))
+    trainer(tmp_path, callbacks=[]).test(task, Plenty(), verbose=False)
+    found = json.loads((tmp_path / "m.json").read_text())["metrics"]["nll_gaussian"]
+
+    def codes(loader: Any, purpose: str) -> Tensor:
+        return torch.cat([task.codes(b, purpose, 0) for b in loader]).flatten(1).double()
+
+    train, test = codes(Plenty().train_dataloader(), "baseline"), codes(Plenty().test_dataloader(), "test")
+    gaussian = torch.distributions.MultivariateNormal(train.mean(0), torch.cov(train.T, correction=0))
+    assert found == pytest.approx(float(-gaussian.log_prob(test).mean() / 432), rel=1e-3)
+
+
+def test_validation_does_not_depend_on_the_batch_size(tmp_path: Path, codec: str) -> None:
+    values = []
+    for size in (16, 5):
+        data = SquaresData()
+        data.batch_size = size
+        torch.manual_seed(0)
+        task = make(codec, flow=perturb(presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32)).double())
+        values.append(trainer(tmp_path, callbacks=[], precision="64-true").validate(task, data, verbose=False)[0]["val/nll"])
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
+
+
+def test_label_dropout_reaches_the_null_class(codec: str, tmp_path: Path) -> None:
+    for probability in (0.0, 1.0):
+        torch.manual_seed(0)
+        flow = perturb(presets.srcflow((2, 2), 108, 64, [1, 1], num_classes=3, head_dim=32))
+        before = dict(flow.named_parameters())["blocks.1.conditioner.weight"].detach().clone()
+        task = FlowTask(flow, codec, label_dropout=probability, optimization=Optimization(learning_rate=1e-2))
+        trainer(tmp_path, steps=3, callbacks=[]).fit(task, SquaresData())
+        moved = (dict(flow.named_parameters())["blocks.1.conditioner.weight"] - before).abs().amax(1) > 1e-6
+        assert moved.tolist() == ([True, True, True, False] if probability == 0 else [False, False, False, True])
+
+
+def test_non_finite_steps_are_skipped_counted_and_fatal(codec: str, tmp_path: Path) -> None:
+    flow = presets.srcflow((2, 2), 108, 64, [1, 1], num_classes=3, head_dim=32)
+    task = FlowTask(flow, codec, optimization=Optimization(max_bad_steps=3))
+    original = task.codes
+
+    def poisoned(batch: Any, purpose: str, step: int | None = None) -> Tensor:
+        codes = original(batch, purpose, step)
+        return codes * float("nan") if purpose == "train" else codes
+
+    task.codes = poisoned  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        trainer(tmp_path, steps=10).fit(task, SquaresData())
+    assert task.guard.skipped == 3
+    assert all(torch.isfinite(p).all() for p in flow.parameters())
+
+
+def test_predict(codec: str, tmp_path: Path) -> None:
+    out = trainer(tmp_path, callbacks=[]).predict(make(codec), SquaresData())
+    assert out is not None
+    first: Any = out[0]
+    assert first["nll"].shape == (16,)
+    torch.testing.assert_close(first["log_probs"].exp().sum(1), torch.ones(16))
+    assert torch.equal(first["indices"], torch.arange(1000, 1016))
+
+
+def test_an_artifact_saved_moved_and_loaded_gives_bit_equal_samples(tmp_path: Path, codec: str) -> None:
+    task = make(codec, artifact=str(tmp_path / "flow"))
+    trainer(tmp_path, steps=6).fit(task, SquaresData())
+    labels = Condition(labels=torch.tensor([0, 1, 2, -1]))
+    first = Pipeline.from_pretrained(tmp_path / "flow")
+    images = first.sample(labels, seed=3)
+    first.save_pretrained(tmp_path / "bundle")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "bundle").rename(tmp_path / "elsewhere" / "moved")
+    again = Pipeline.from_pretrained(tmp_path / "elsewhere" / "moved")
+    assert torch.equal(again.sample(labels, seed=3), images)
+    assert not torch.equal(again.sample(labels, seed=4), images)
+    raw = Pipeline.from_pretrained(tmp_path / "flow", weights="raw")
+    assert not torch.equal(raw.sample(labels, seed=3), images)  # the average is not the last step
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"flow": presets.srcflow((2, 2), 107, 32, [1], num_classes=3, head_dim=32)}, r"flow.channels = 107.*code_dim = 108"),
+        ({"flow": presets.srcflow((2, 3), 108, 32, [1], num_classes=3, head_dim=32)}, r"flow.grid.*4 tokens"),
+        ({"flow": presets.srcflow((2, 2), 108, 32, [1], num_classes=4, head_dim=32)}, r"num_classes = 4.*data.num_classes = 3"),
+    ],
+)
+def test_sizes_that_disagree_are_named(tmp_path: Path, codec: str, kwargs: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        trainer(tmp_path).fit(make(codec, **kwargs), SquaresData())
+
+
+def test_noise_is_the_codecs_own_for_pixels_and_asked_for_elsewhere(tmp_path: Path, codec: str) -> None:
+    task = make(codec)
+    trainer(tmp_path, steps=3).fit(task, SquaresData())
+    assert type(task.noise).__name__ == "Dequantisation"
+    constant = make(codec, noise=Constant(0.1))
+    trainer(tmp_path, steps=3).fit(constant, SquaresData())
+    assert isinstance(constant.noise, Constant)
+
+
+def test_judging_codes_by_their_own_encoder_is_refused() -> None:
+    from srcflow.autoencoders.representation import RepresentationAutoencoder
+    from srcflow.autoencoders.vit_decoder import ViTDecoder
+    from srcflow.encoders.efficientnet_lite import EfficientNetLite
+    from srcflow.metrics.features.encoder import EncoderFeatures
+
+    encoder = EfficientNetLite("lite0", image_size=64)
+    autoencoder = RepresentationAutoencoder(encoder, ViTDecoder(encoder.dim, 32, 1, 2, 64, patch=2, grid=4))
+    with pytest.raises(ConfigError, match="made the codes"):
+        Evaluation(extractor=EncoderFeatures(EfficientNetLite("lite0", image_size=96))).check(autoencoder)
+    Evaluation(extractor=EncoderFeatures(EfficientNetLite("lite1", image_size=64))).check(autoencoder)
