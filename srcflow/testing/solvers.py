@@ -146,15 +146,16 @@ def _guided(solver: Solver, block: CausalBlock, z: Tensor, ctx: Context, negativ
     plain = solver(block, z, ctx).u
     off = Linear(0.0, negative=Negative(attention_temperature=1.3))
     close(solver(block, z, ctx, off).u, plain, 0.0, solver, "guidance of strength 0 and no guidance")
-    trials: list[tuple[str, Guidance]] = [("attention temperature", Linear(0.7, negative=Negative(attention_temperature=1.3)))]
-    if ctx.condition is not None:
+    trials: list[tuple[str, Guidance]] = []
+    if ctx.condition is None or ctx.condition.labels is not None:  # the null text is known to a Flow, not to a block
+        trials.append(("attention temperature", Linear(0.7, negative=Negative(attention_temperature=1.3))))
+    if ctx.condition is not None and ctx.condition.labels is not None:
         trials.append(("null condition", Linear(0.7)))
         trials.append(("null condition, annealed strength", Linear(Annealed(0.7), what="shift")))
-        if negative is not None:
-            trials.append(("negative condition", Linear(0.7, negative=Negative(condition=negative))))
-            trials.append(
-                ("negative condition and temperature", Linear(0.7, negative=Negative(condition=negative, attention_temperature=1.3)))
-            )
+    if ctx.condition is not None and negative is not None:
+        trials.append(("negative condition", Linear(0.7, negative=Negative(condition=negative))))
+        both = Negative(condition=negative, attention_temperature=1.3)
+        trials.append(("negative condition and temperature", Linear(0.7, negative=both)))
     for what, rule in trials:
         guided = solver(block, z, ctx, rule).u
         differ(guided, plain, solver, f"guidance by {what} changes nothing.")
