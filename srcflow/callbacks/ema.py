@@ -108,12 +108,12 @@ class EMA(L.Callback):
                 self.swap_out(pl_module)
 
     def weights(self, pl_module: L.LightningModule, kind: Literal["ema", "raw"]) -> dict[str, Tensor]:
-        """The averaged or the trained values of the trainable parameters, by name; sharded ones are gathered (on every rank)."""
+        """Copies of the averaged or the trained values of the trainable parameters, by name; gathered where sharded (on every rank)."""
         if kind == "ema" and self._shadow:
             source: Mapping[str, Tensor] = self._shadow
         else:
             source = self._backup if self._backup is not None else trained(pl_module)
-        return {k: full(v) for k, v in source.items()}
+        return {k: full(v).clone() for k, v in source.items()}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the average, unless the task's `weights` says "raw"."""

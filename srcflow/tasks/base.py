@@ -24,7 +24,11 @@ from srcflow import artifacts, noise
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.callbacks.ema import EMA, RAW_STATE, aliases
 from srcflow.callbacks.non_finite import NonFiniteGuard
+from srcflow.data.manifest import weights_hash
+from srcflow.datamodules.base import DataModule
+from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
+from srcflow.registry import spec_of
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.types import Batch, Grid
 
@@ -68,6 +72,7 @@ class Task(L.LightningModule):
         self._built_on: dict[str, dict[str, str]] = {}
         self._raw_state: dict[str, Tensor] | None = None
         self._evaluated: Weights | None = None
+        self._checked: FeatureStore | None = None
 
     # --- parts -----------------------------------------------------------------------------------------------------------------
 
@@ -95,7 +100,7 @@ class Task(L.LightningModule):
 
     @property
     def restoring(self) -> bool:
-        """Whether this run starts from a checkpoint, which then holds every weight and statistic of the product."""
+        """Whether this run starts from a checkpoint, which then holds every statistic of the product; known from `on_fit_start` on."""
         return self._trainer is not None and self._trainer.ckpt_path is not None
 
     # --- Lightning's hooks -----------------------------------------------------------------------------------------------------
@@ -144,9 +149,14 @@ class Task(L.LightningModule):
         return int(total)
 
     def place(self) -> None:
-        """Bring the outside parts to the device, and the raw weights of a checkpoint into the product if those are to be evaluated."""
+        """Bring the outside parts to the device, and the raw weights of a checkpoint into the product if those are to be evaluated.
+
+        Raises:
+            ManifestMismatchError: stored features come from another encoder than the run's.
+        """
         for module in self.outside.values():
             module.to(self.device)
+        self._check_store()
         if self._raw_state is not None:
             with torch.no_grad():
                 parameters = dict(self.named_parameters(remove_duplicate=False))
@@ -154,6 +164,18 @@ class Task(L.LightningModule):
                     if owner in self._raw_state:
                         parameters[name].copy_(self._raw_state[owner])
             self._raw_state = None
+
+    def _check_store(self) -> None:
+        """Refuse stored features of another encoder; once, since it takes a hash of the weights."""
+        store = getattr(self._trainer, "datamodule", None)
+        encoder = getattr(self.codec_of_run(), "encoder", None)
+        if isinstance(store, FeatureStore) and encoder is not None and self._checked is not store:
+            store.check({"encoder": {"spec": spec_of(encoder), "weights": weights_hash(encoder)}})
+            self._checked = store
+
+    def codec_of_run(self) -> nn.Module | None:
+        """The autoencoder whose features the run uses: its own, or the frozen one."""
+        return cast("nn.Module | None", self.outside.get("autoencoder", getattr(self, "autoencoder", None)))
 
     def on_fit_start(self) -> None:
         """Subclasses fit their statistics here, after calling this, unless `restoring`."""
@@ -170,6 +192,15 @@ class Task(L.LightningModule):
     def on_predict_start(self) -> None:
         """See `place`."""
         self.place()
+
+    def on_train_start(self) -> None:
+        """End a fit that has nothing to train: what is fitted by statistics is ready by now."""
+        if not any(p.requires_grad for p in self.parameters()):
+            self.trainer.should_stop = True
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Skip the epoch if there is nothing to train."""
+        return -1 if self.trainer.should_stop and not self.trainer.optimizers else None
 
     def on_train_end(self) -> None:
         """Write the artifact."""
@@ -212,19 +243,27 @@ class Task(L.LightningModule):
             raw, grid = autoencoder.features(self.images_from(batch))
         return raw.to(torch.promote_types(raw.dtype, torch.float32)), grid
 
-    def training_batches(self, limit: int | None = None) -> Iterator[Batch]:
+    def training_batches(self, limit: int | None = None, *, augmented: bool = True) -> Iterator[Batch]:
         """Batches of the training set on the device, before training starts: for statistics. Every rank gets its own share.
 
         Args:
-            limit: how many batches over all ranks; None: all.
+            limit: how many batches over all ranks, as training draws them; None: all.
+            augmented: without a limit: whether images are cropped and mirrored as in training, or each is seen once as it is.
         """
         source = cast(Any, self.trainer).datamodule
-        loader = source.train_dataloader() if source is not None else self.trainer.fit_loop._data_source.dataloader()
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        shared = isinstance(source, DataModule)  # its loaders give every rank a share
+        if shared and limit is None and not augmented:
+            loader: Any = source.loader("train")
+        elif source is not None:
+            loader = source.train_dataloader()
+        else:
+            loader = self.trainer.fit_loop._data_source.dataloader()
         for i, batch in enumerate(loader):
-            if limit is not None and i >= limit:
+            if limit is not None and (i * world + rank if shared else i) >= limit:
                 return
-            if i % self.trainer.world_size == self.trainer.global_rank:
-                yield cast(Batch, self.transfer_batch_to_device(batch, self.device, 0))
+            if shared or i % world == rank:
+                yield cast(Batch, self.trainer.strategy.batch_to_device(batch, self.device, 0))
 
     # --- averaged weights --------------------------------------------------------------------------------------------------------
 
