@@ -350,7 +350,7 @@ def test_two_plug_ins_of_one_name_are_refused(more_entry_points: Callable[..., N
     more_entry_points(("a-rival", "couplings", "BoundedAffine", f"{__name__}:Rival"))
     with (
         called("BoundedAffine"),
-        pytest.raises(DuplicateNameError, match=r"BoundedAffine is registered by a-rival .* and by srcflow-goodplugin"),
+        pytest.raises(DuplicateNameError, match=r"by a-rival .* and by srcflow-goodplugin"),
     ):
         registered("couplings")
 

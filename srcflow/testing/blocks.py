@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from srcflow.couplings.affine import Affine
 from srcflow.couplings.base import Coupling
-from srcflow.testing.expect import close, differ, finite, normal, perturb, require
+from srcflow.testing.expect import close, device_of, differ, finite, normal, perturb, require
 from srcflow.types import CausalBlock, Condition, Context, State
 
 
@@ -116,7 +116,7 @@ def check_block(
         return
     batch, tokens, dim = shape
     ctx = Context(condition, grid)
-    u = normal(batch, tokens, dim, seed=seed + 1)
+    u = normal(batch, tokens, dim, seed=seed + 1).to(device_of(block))
     with torch.no_grad():
         full = trial.params(u, ctx)
         wanted = (batch, tokens, trial.coupling.params_per_channel, dim)

@@ -12,7 +12,7 @@ from srcflow.guidance.linear import Linear
 from srcflow.guidance.schedules import Annealed
 from srcflow.solvers.base import Solver
 from srcflow.testing.blocks import ReferenceBlock, check_block, trial_block
-from srcflow.testing.expect import check_specification, close, differ, finite, normal, require
+from srcflow.testing.expect import check_specification, close, device_of, differ, finite, normal, require
 from srcflow.types import CausalBlock, Condition, Context, Solution
 
 _DEFAULT: Any = object()
@@ -49,20 +49,21 @@ def check_solver(
     check_specification(solver, Solver)
     batch = shape[0]
     block = block if block is not None else ReferenceBlock(dim=shape[2], classes=max(5, batch))
-    condition = Condition(labels=torch.arange(batch)) if condition is _DEFAULT else condition
-    negative = Condition(labels=torch.arange(batch).flip(0)) if negative is _DEFAULT else negative
+    device = device_of(block)
+    condition = Condition(labels=torch.arange(batch, device=device)) if condition is _DEFAULT else condition
+    negative = Condition(labels=torch.arange(batch, device=device).flip(0)) if negative is _DEFAULT else negative
     check_block(block, shape=shape, condition=condition, grid=grid, seed=seed)
     ctx = Context(condition, grid)
     with torch.no_grad():
         for dtype, tolerance in ((torch.float64, tolerance64), (torch.float32, tolerance32)):
             trial = cast(CausalBlock, trial_block(block, dtype, seed))
-            u = normal(*shape, seed=seed + 1, dtype=dtype)
+            u = normal(*shape, seed=seed + 1, dtype=dtype).to(device)
             z = trial.coupling.forward(u, trial.params(u, ctx))[0].to(dtype)
             solution = solver(trial, z, ctx)
             _fields(solver, solution, z)
             close(solution.u, u, tolerance, solver, f"u and what the block made z from, in {dtype}")
         double = cast(CausalBlock, trial_block(block, torch.float64, seed))
-        u = normal(*shape, seed=seed + 1)
+        u = normal(*shape, seed=seed + 1).to(device)
         z = double.coupling.forward(u, double.params(u, ctx))[0]
         _contexts(solver, double, z, ctx, tolerance64)
         _state(solver, double, z, ctx, tolerance64)
