@@ -1,0 +1,148 @@
+"""The `srcflow` command: LightningCLI for fit, validate, test and predict, and one module beside this file per further command.
+
+A command's module offers `HELP` (one line), `configure(parser)` (its arguments) and `run(config) -> int` (its exit status).
+Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import pkgutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MappingProxyType
+
+from srcflow import __version__
+from srcflow.errors import SrcflowError
+
+TRAINER_COMMANDS = {
+    "fit": "Train a stage (autoencoder, compressor or flow) from a configuration.",
+    "validate": "Run a stage's validation once.",
+    "test": "Evaluate a stage's checkpoint: one table, and metrics.json beside the logs.",
+    "predict": "Run a stage's prediction over a data set.",
+}
+COMMANDS = ("sample", "encode", "export", "plugins")
+TRACEBACK = "SRCFLOW_TRACEBACK"
+OVERVIEW = """usage: srcflow [--help | --version] [--debug] COMMAND [options]
+
+Transformer normalizing flows over images and compressed features. --debug shows errors with tracebacks.
+Options of a command: srcflow COMMAND --help. Of a part: srcflow fit --model.help FlowTask
+
+commands:
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        args: what follows `srcflow` on the command line; None takes it from there.
+
+    Raises:
+        SystemExit: the status was not 0. Errors of the user (any `SrcflowError`, any wrong argument) have been printed as one
+            `error: ...` message and have status 2; with `--debug` or SRCFLOW_TRACEBACK=1 they are raised as they are.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    debug = "--debug" in args[:1]
+    args = args[1:] if debug else args
+    with _process(args, debug):
+        try:
+            status = _dispatch(args)
+        except KeyboardInterrupt:
+            status = 130
+            print("interrupted", file=sys.stderr)
+        except Exception as e:
+            from srcflow.cli.parser import traceback_wanted, user_error
+
+            error = user_error(e)
+            if error is None or traceback_wanted():
+                raise
+            status = 2
+            print(f"error: {error}", file=sys.stderr)
+    if status:
+        raise SystemExit(status)
+
+
+def load_parts() -> None:
+    """Import every registered part and every task, datamodule and callback, so that their class names resolve; report broken plug-ins."""
+    from srcflow import registry
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", registry.PluginWarning)  # printed below, as one readable line each
+        registry.load_plugins()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for broken in (b for family in registry.FAMILIES for b in registry.broken(family)):
+            print(f"warning: plug-in {broken.distribution}: {broken.family} {broken.name} is left out: {broken.error}", file=sys.stderr)
+    for room in ("tasks", "datamodules", "callbacks"):
+        package = importlib.import_module(f"srcflow.{room}")
+        for module in pkgutil.iter_modules(package.__path__, f"srcflow.{room}."):
+            importlib.import_module(module.name)
+
+
+def _dispatch(args: list[str]) -> int:
+    name = args[0] if args else "--help"
+    if name in ("-h", "--help"):
+        further = {command: importlib.import_module(f"srcflow.cli.{command}").HELP for command in COMMANDS}
+        print(OVERVIEW + "\n".join(f"  {command:<10} {text}" for command, text in {**TRAINER_COMMANDS, **further}.items()))
+    elif name == "--version":
+        print(f"srcflow {__version__}")
+    elif name in TRAINER_COMMANDS:
+        _run_trainer()
+    elif name in COMMANDS:
+        from srcflow.cli.parser import Parser
+
+        command = importlib.import_module(f"srcflow.cli.{name}")
+        if name != "plugins":  # which reports broken plug-ins itself
+            load_parts()
+        parser = Parser(prog=f"srcflow {name}", description=command.HELP)
+        command.configure(parser)
+        return int(command.run(parser.instantiate(parser.parse_args(args[1:]))))
+    else:
+        known = (*TRAINER_COMMANDS, *COMMANDS)
+        hint = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
+        raise SrcflowError(f"{name!r} is no command.{hint} Known: {', '.join(known)}.")
+    return 0
+
+
+def _run_trainer() -> None:
+    """LightningCLI as it is, for any Task and any LightningDataModule; it reads sys.argv."""
+    import lightning as L
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from srcflow.cli.parser import Parser
+    from srcflow.tasks.base import Task
+
+    load_parts()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)  # Lightning 2.6 on torch 2.15
+
+    class TrainerParser(Parser, LightningArgumentParser):
+        bases = MappingProxyType({"model": Task, "data": L.LightningDataModule, "trainer": L.Trainer})
+
+    LightningCLI(
+        Task,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,  # a task owns its optimizers
+        load_from_checkpoint_support=False,  # tasks store no hyperparameters, so a checkpoint never overrides what the user asks for
+        parser_class=TrainerParser,
+        parser_kwargs={"prog": "srcflow", **{k: {"description": v} for k, v in TRAINER_COMMANDS.items()}},
+        save_config_kwargs={"overwrite": True},  # resuming into the same folder is ordinary
+    )
+
+
+@contextmanager
+def _process(args: list[str], debug: bool) -> Iterator[None]:
+    """LightningCLI reads sys.argv, and the processes it starts inherit it and the environment; both are restored."""
+    argv, traceback = sys.argv, os.environ.get(TRACEBACK, "0")
+    sys.argv = [argv[0], *args]
+    os.environ[TRACEBACK] = "1" if debug else traceback
+    try:
+        yield
+    finally:
+        sys.argv, os.environ[TRACEBACK] = argv, traceback

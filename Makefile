@@ -1,0 +1,83 @@
+# Everything happens in .venv, which the first target that needs it makes. PYTHON=/path/to/python chooses the interpreter.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# distributions that the tests of the registry use as third-party plug-ins
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard tests/plugins/*/pyproject.toml))
+# two test processes of one thread each are faster than two threads that wait for each other
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+.PHONY: help install demo test test-slow lint types docs bench clean
+
+help:
+	@echo "make install    .venv with the package, editable, and everything below needs"
+	@echo "make demo       the whole pipeline on Fashion-MNIST: results in runs/demo"
+	@echo "make test       lint, types and the tests"
+	@echo "make test-slow  tests that take minutes, and those for a GPU where there is one"
+	@echo "make lint       ruff and import-linter"
+	@echo "make types      mypy --strict"
+	@echo "make docs       the documentation, in site/"
+	@echo "make bench      speed of the parts"
+	@echo "make clean      remove caches and what was built; .venv and runs/ stay"
+
+install: $(VENV)/.dev $(VENV)/.docs
+
+demo: $(VENV)/.demo
+	$(BIN)/python tools/demo.py
+
+test: lint types
+	$(PYTEST) -m "not slow and not gpu" tests srcflow
+
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m "slow or gpu" tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.dev
+	$(BIN)/mypy --strict srcflow
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.dev
+	$(BIN)/python tools/bench.py
+
+clean:
+	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find srcflow tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- what is installed: one stamp per set of extras, made anew when pyproject.toml changes -------------------------------------------
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "error: no Python of version 3.10 or later was found; set PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.10; set PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "Making $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: $(PYTHON) cannot make a virtual environment. It lacks venv or ensurepip: on Debian and Ubuntu" \
+		"'apt install python3-venv', or set PYTHON=/path/to/another/python" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/.python
+	@echo "Installing srcflow[demo] into $(VENV); torch is large, so the first time takes minutes"
+	@$(PIP) --editable ".[demo]"
+	@touch $@
+
+# holds the demo's extra as well, since tests compare with its weights
+$(VENV)/.dev: pyproject.toml $(addsuffix /pyproject.toml,$(PLUGINS)) | $(VENV)/.python
+	@echo "Installing srcflow[dev,demo,fid] into $(VENV); torch is large, so the first time takes minutes"
+	@$(PIP) --editable ".[dev,demo,fid]"
+	@$(if $(PLUGINS),$(PIP) --no-deps $(addprefix --editable ./,$(PLUGINS)))
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.python
+	@echo "Installing srcflow[docs] into $(VENV)"
+	@$(PIP) --editable ".[docs]"
+	@touch $@

@@ -1,0 +1,79 @@
+"""`srcflow export`: a stage's artifact from a checkpoint, or a self-contained Pipeline directory from a chain of artifacts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from srcflow.errors import ArtifactError, ConfigError, Problems
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from srcflow.cli.parser import Parser
+    from srcflow.tasks.base import Task
+
+HELP = "Write a stage's artifact from a checkpoint, or bundle a whole pipeline into one directory."
+
+
+def configure(parser: Parser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--out", type=str, required=True, help="Directory to write.")
+    stage = parser.add_argument_group("one stage, from a checkpoint")
+    stage.add_argument(
+        "--config", type=str | None, default=None, help="The run's configuration: its config.yaml, or the file given to fit."
+    )
+    stage.add_argument(
+        "--ckpt_path", type=str | None, default=None, help="A checkpoint that fit wrote; its averaged weights become the model."
+    )
+    bundle = parser.add_argument_group("a self-contained pipeline")
+    bundle.add_argument("--pipeline", type=str | None, default=None, help="A flow's artifact, or a Pipeline directory.")
+
+
+def run(config: Namespace) -> int:
+    """Write the directory."""
+    problems = Problems()
+    if config.pipeline is not None:
+        for key in ("config", "ckpt_path"):
+            if config[key] is not None:
+                problems.add(ConfigError(key, config[key], "does not go with --pipeline.", "Export either a stage or a pipeline."))
+        problems.raise_if_any()
+        from srcflow.pipeline import Pipeline
+
+        Pipeline.from_pretrained(config.pipeline).save_pretrained(config.out)
+        print(f"Wrote {config.out}.")
+        return 0
+    for key in ("config", "ckpt_path"):
+        if config[key] is None:
+            problems.add(ConfigError(key, None, "is missing.", "Give --config and --ckpt_path for a stage, or --pipeline for a bundle."))
+        elif not Path(config[key]).is_file():
+            problems.add(ArtifactError(f"{key} = {config[key]!r}: there is no such file."))
+    problems.raise_if_any()
+    task_of(config.config).export(config.ckpt_path, config.out)
+    print(f"Wrote {config.out}.")
+    return 0
+
+
+def task_of(path: str) -> Task:
+    """The task that a run's YAML describes, untrained. The rest of the file (trainer, data) is not looked at.
+
+    Args:
+        path: a configuration of `srcflow fit`.
+
+    Raises:
+        ConfigError: the file describes no model.
+    """
+    from srcflow.cli.parser import Parser
+    from srcflow.tasks.base import Task
+
+    content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    content = content.get("fit", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or "model" not in content:
+        raise ConfigError("config", path, "has no section `model`.", "Give the config.yaml that fit saved beside its logs.")
+    parser = Parser(prog="srcflow export")
+    parser.bases = {"model": Task}
+    parser.add_subclass_arguments(Task, "model", fail_untyped=False, required=True)
+    task: Task = parser.instantiate(parser.parse_object({"model": content["model"]})).model
+    return task

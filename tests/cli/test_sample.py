@@ -1,0 +1,172 @@
+"""`srcflow sample`, with a pipeline that draws what can be foretold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import srcflow.pipeline
+from srcflow import randomness
+from srcflow.cli import main
+from srcflow.cli.sample import to_uint8
+from srcflow.types import Condition
+
+CLASSES = 3
+
+
+class FakePipeline:
+    """Images of 4 x 6 pixels: red is the label / 10, green noise of the index, blue the temperature / 4."""
+
+    calls: list[dict[str, Any]]
+
+    def __init__(self, num_classes: int) -> None:
+        self.flow = SimpleNamespace(num_classes=num_classes)
+        self.calls = []
+
+    def to(self, device: torch.device) -> FakePipeline:
+        return self
+
+    def sample(self, condition: int | Condition, *, seed: int, indices: Tensor, temperature: float, **more: Any) -> Tensor:
+        self.calls.append({"condition": condition, "indices": indices, **more})
+        n = condition if isinstance(condition, int) else len(condition)
+        assert len(indices) == n
+        images = torch.zeros(n, 3, 4, 6)
+        if isinstance(condition, Condition) and condition.labels is not None:
+            images[:, 0] = condition.labels[:, None, None] / 10
+        images[:, 1] = randomness.uniform((4, 6), seed=seed, purpose="fake", step=0, indices=indices)
+        images[:, 2] = temperature / 4
+        return images
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    fake = FakePipeline(CLASSES)
+    monkeypatch.setattr(srcflow.pipeline.Pipeline, "from_pretrained", lambda path: fake)
+    return fake
+
+
+def sample(out: Path, *more: str) -> None:
+    main(["sample", "--pipeline=somewhere", f"--out={out}", "--device=cpu", *more])
+
+
+def test_npz_is_what_evaluators_read(tmp_path: Path, pipeline: FakePipeline) -> None:
+    sample(tmp_path / "new" / "s.npz", "--n=7", "--seed=5", "--temperature=2")
+    with np.load(tmp_path / "new" / "s.npz") as data:
+        images, labels = data["arr_0"], data["arr_1"]
+    assert images.shape == (7, 4, 6, 3)
+    assert images.dtype == np.uint8
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    green = randomness.uniform((4, 6), seed=5, purpose="fake", step=0, indices=range(7))
+    np.testing.assert_array_equal(images[..., 1], (green * 255).round().to(torch.uint8).numpy())
+    np.testing.assert_array_equal(images[:, 0, 0, 0], np.round(labels / 10 * 255).astype(np.uint8))
+    assert (images[..., 2] == 128).all()  # 127.5 rounds to even
+
+
+def test_results_do_not_depend_on_the_batch_size(tmp_path: Path, pipeline: FakePipeline) -> None:
+    for size in (1, 4, 64):
+        sample(tmp_path / f"{size}.npz", "--n=9", "--labels=random", f"--batch_size={size}")
+    one, four, all_at_once = (np.load(tmp_path / f"{size}.npz") for size in (1, 4, 64))
+    for key in ("arr_0", "arr_1"):
+        np.testing.assert_array_equal(one[key], four[key])
+        np.testing.assert_array_equal(one[key], all_at_once[key])
+    assert len({tuple(image.ravel()) for image in one["arr_0"]}) == 9
+
+
+def test_random_labels_change_with_the_seed(tmp_path: Path, pipeline: FakePipeline) -> None:
+    for seed in (1, 2):
+        sample(tmp_path / f"{seed}.npz", "--n=60", "--labels=random", f"--seed={seed}")
+    first, second = (np.load(tmp_path / f"{seed}.npz")["arr_1"] for seed in (1, 2))
+    assert set(first) == set(range(CLASSES))
+    assert (first != second).any()
+
+
+def test_grid_has_classes_in_rows(tmp_path: Path, pipeline: FakePipeline) -> None:
+    sample(tmp_path / "s.png", "--classes=2,0", "--per_class=5")
+    grid = np.asarray(Image.open(tmp_path / "s.png"))
+    assert grid.shape == (2 * (4 + 2) + 2, 5 * (6 + 2) + 2, 3)
+    assert set(grid[2:6, 2:8, 0].ravel()) == {51}
+    assert set(grid[8:12, -8:-2, 0].ravel()) == {0}
+    assert (grid[:2] == 255).all()
+
+
+def test_all_classes_and_a_square(tmp_path: Path, pipeline: FakePipeline) -> None:
+    sample(tmp_path / "all.npz", "--classes=all", "--per_class=2")
+    assert np.load(tmp_path / "all.npz")["arr_1"].tolist() == [0, 0, 1, 1, 2, 2]
+    sample(tmp_path / "s.png", "--n=5")
+    with Image.open(tmp_path / "s.png") as grid:
+        assert grid.size == (3 * 8 + 2, 2 * 6 + 2)
+
+
+def test_folder_names_images_by_index(tmp_path: Path, pipeline: FakePipeline) -> None:
+    sample(tmp_path / "images", "--n=3", "--batch_size=2")
+    sample(tmp_path / "s.npz", "--n=3")
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / "000002.png")), np.load(tmp_path / "s.npz")["arr_0"][2])
+
+
+def test_a_flow_without_classes(tmp_path: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.flow.num_classes = 0
+    sample(tmp_path / "s.npz", "--n=3", "--batch_size=2")
+    assert [call["condition"] for call in pipeline.calls] == [2, 1]
+    assert list(np.load(tmp_path / "s.npz")) == ["arr_0"]
+    with pytest.raises(SystemExit):
+        sample(tmp_path / "s.npz", "--classes=all")
+    assert "the flow has no classes. Use --n." in capsys.readouterr().err
+
+
+def test_guidance_and_solver_reach_the_pipeline(tmp_path: Path, pipeline: FakePipeline) -> None:
+    how = ["--guidance=Linear", "--guidance.strength=Annealed", "--guidance.strength.strength=1.5", "--solver=Sequential"]
+    sample(tmp_path / "s.npz", "--n=1", *how, "--attention_temperature=0.9")
+    (call,) = pipeline.calls
+    assert type(call["guidance"]).__name__ == "Linear"
+    assert float(call["guidance"].strength(torch.ones(1))) == 1.5
+    assert type(call["solver"]).__name__ == "Sequential"
+    assert call["attention_temperature"] == 0.9
+
+
+def test_bfloat16_is_autocast(tmp_path: Path, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    draw = pipeline.sample
+    monkeypatch.setattr(pipeline, "sample", lambda *a, **k: (seen.append(torch.is_autocast_enabled("cpu")), draw(*a, **k))[1])
+    sample(tmp_path / "a.npz", "--n=1", "--precision=bfloat16")
+    sample(tmp_path / "b.npz", "--n=1")
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("out", "more", "words"),
+    [
+        ("s.png", [], "give either a number of images or classes"),
+        ("s.png", ["--n=1", "--classes=all"], "give either a number of images or classes"),
+        ("s.png", ["--n=0", "--batch_size=0"], "2 problems"),
+        ("s.png", ["--n=1", "--temperature=0"], "a temperature is positive"),
+        ("s.png", ["--n=1", "--format=npz"], "a npz is a .npz file"),
+        ("s.png", ["--classes=1,3"], "[3] are not among the flow's classes 0 to 2"),
+        ("s.png", ["--classes=1;2"], "is no list of class ids"),
+        ("full", ["--n=1"], "the folder is not empty"),
+        ("full/old.png", ["--n=1", "--format=folder"], "is a file, and a folder is wanted"),
+        ("s.png", ["--n=1", "--guidance=Linaer"], "Did you mean Linear?"),
+        ("s.png", ["--n=1", "--format=gif"], "gif"),
+    ],
+)
+def test_refused(out: str, more: list[str], words: str, tmp_path: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "old.png").touch()
+    with pytest.raises(SystemExit) as status:
+        sample(tmp_path / out, *more)
+    assert status.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not pipeline.calls
+
+
+def test_rounding_to_levels() -> None:
+    values = torch.tensor([-0.5, 0.0, 0.0019, 0.002, 0.5, 0.998, 0.999, 1.0, 1.5])
+    expected = [0, 0, 0, 1, 128, 254, 255, 255, 255]
+    assert to_uint8(values.reshape(1, 1, 1, -1)).ravel().tolist() == expected
