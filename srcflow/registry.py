@@ -46,6 +46,11 @@ class PluginWarning(UserWarning):
 class Recorded(ABCMeta):
     """Metaclass: an instance remembers the arguments it was constructed with (see `spec_of`)."""
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The constructor's, for help() and documentation; `__call__` would hide it."""
+        return _signature(cls).replace(parameters=list(_signature(cls).parameters.values())[1:])
+
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         obj = super().__call__(*args, **kwargs)
         if "_recorded_spec" not in obj.__dict__:
@@ -154,7 +159,8 @@ def resolve(name: str, base: type[T], *, key: str = "") -> Callable[..., T]:
     key = key or base.__name__
     if "." not in name:
         known = members(base)
-        found = [c for c in known if c.__name__ == name]
+        own = [m.cls for f in FAMILIES if issubclass(base_of(f), base) or base is object for m in registered(f).values() if m.name == name]
+        found = own or [c for c in known if c.__name__ == name]
         if not found:
             raise UnknownNameError(key, name, {c.__name__ for c in known})
         if len(found) > 1:

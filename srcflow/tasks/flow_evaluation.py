@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -103,12 +102,11 @@ class FlowEvaluator:
         self.extractor: Extractor | None = task.outside.get("extractor")  # type: ignore[assignment]
         self.autoencoder, self.compressor, self.flow = task.autoencoder, task.compressor, task.flow
         self.dims = self.flow.channels * self.flow.grid[0] * self.flow.grid[1]
-        rank, world = task.global_rank, task.trainer.world_size
-        self._compared, self._classified = (_share(n, rank, world) for n in (self.settings.samples, self.settings.classified))
-        if self.extractor is None or not self.settings.samples:
-            self._compared = 0
+        self._total = _test_size(task)
+        compared = self.settings.samples if self.extractor is not None else 0
+        self._compared = self._subset("compared", compared)
+        self._classified = self._subset("classified", self.settings.classified if self.flow.num_classes else 0)
         self._sums: dict[str, Tensor] = {}
-        self._seen_compared = self._seen_classified = 0
         self._distances: dict[str, FrechetDistance] = {}
         self._reconstructions: dict[str, ReconstructionMetrics] = {}
         self._baseline = self._fit_baseline()
@@ -120,8 +118,7 @@ class FlowEvaluator:
         valid = batch["valid"].to(self.task.device)
         labels = batch["labels"].to(self.task.device)
         condition = self.task.condition(batch, dropout=False)
-        chosen = valid & (self._seen_classified + valid.cumsum(0) <= (self._classified if self.flow.num_classes else 0))
-        self._seen_classified += int(chosen.sum())
+        chosen, compared = (valid & s[batch["indices"].cpu()].to(valid.device) for s in (self._classified, self._compared))
         joint = torch.zeros((), device=self.task.device)
         for k in range(self.settings.draws):
             codes = self.task.codes(batch, "test", k)
@@ -136,8 +133,8 @@ class FlowEvaluator:
         if bool(chosen.any()):
             known = labels[chosen] >= 0
             self._add("accuracy", (joint.argmax(1) == labels[chosen])[known].double())
-        if self._seen_compared < self._compared:
-            self._compare_reconstructions(batch, valid)
+        if bool(compared.any()):
+            self._compare_reconstructions(batch, compared)
 
     def _likelihood(self, codes: Tensor, condition: Condition | None) -> None:
         out = self.flow(codes, condition)
@@ -146,10 +143,8 @@ class FlowEvaluator:
         if self._baseline is not None:
             self._add("gaussian", self._baseline.nll(codes))
 
-    def _compare_reconstructions(self, batch: Batch, valid: Tensor) -> None:
+    def _compare_reconstructions(self, batch: Batch, keep: Tensor) -> None:
         images = self.task.images_from(batch)
-        keep = valid & (self._seen_compared + valid.cumsum(0) <= self._compared)
-        self._seen_compared += int(keep.sum())
         raw, grid = self.task.features_from(batch, self.autoencoder)
         noise = self.task.noise_for(self.task.noise, raw, batch["indices"], "test", 0)
         real = self._features(images)
@@ -184,7 +179,7 @@ class FlowEvaluator:
             numbers["accuracy"] = self._mean("accuracy")
         if self.settings.round_trip:
             numbers["round_trip_error"] = self._round_trip()
-        if self._compared:
+        if bool(self._compared.any()):
             numbers.update(self._compare_samples())
         protocol = self._protocol()
         if self.task.trainer.is_global_zero:
@@ -212,17 +207,12 @@ class FlowEvaluator:
         seconds = time.perf_counter() - start
         numbers: dict[str, Any] = {"images_per_second": done * world / seconds}
         if self.settings.floor:
-            seen = 0
-            for images in self._training_images():
-                images = images[: self._compared - seen]
-                seen += len(images)
-                self._distance("floor").update(self._features(images))
-                if seen >= self._compared:
-                    break
+            self._compare_training_images(_share(int(self._compared.sum()), rank, world))
         else:
             self._distances.pop("floor", None)
         for name, distance in self._distances.items():
-            numbers[sized_name(name, n)] = float(distance.compute())
+            vectors = int(cast(Tensor, self.task.trainer.strategy.reduce(distance.fake_count.clone(), reduce_op="sum")))
+            numbers[sized_name(name, vectors)] = float(distance.compute())
         for name, metrics in self._reconstructions.items():
             suffix = "_noisy" if name == "rfid_noisy" else ""
             numbers.update({f"reconstruction_{k}{suffix}": v for k, v in metrics.compute().items()})
@@ -266,11 +256,16 @@ class FlowEvaluator:
     def _batch_size(self) -> int:
         return int(getattr(cast(Any, self.task.trainer).datamodule, "batch_size", 64))
 
-    def _training_images(self) -> Iterator[Tensor]:
-        datamodule = cast(Any, self.task.trainer).datamodule
-        datamodule.setup("fit")
+    def _compare_training_images(self, count: int) -> None:
+        """Put `count` training images, as training draws them, on the judged side of the floor."""
+        cast(Any, self.task.trainer).datamodule.setup("fit")
         for batch in self.task.training_batches():
-            yield self.task.images_from(batch)
+            images = self.task.images_from(batch)[batch["valid"].to(self.task.device)][:count]
+            self._distance("floor").update(self._features(images))
+            count -= len(images)
+            if count <= 0:
+                return
+        raise DataError(f"the training set has {count} images too few for the real-against-real floor; lower evaluation.samples.")
 
     def _fit_baseline(self) -> GaussianBaseline | None:
         limit = self.settings.baseline_batches
@@ -282,6 +277,12 @@ class FlowEvaluator:
         for batch in self.task.training_batches(limit):
             baseline.update(self.task.codes(batch, "baseline", 0), batch["valid"])
         return baseline.fit()
+
+    def _subset(self, purpose: str, n: int) -> Tensor:
+        """Which samples of the test set belong to a random subset of n, (total,) bool: the same for any batch size and rank count."""
+        chosen = torch.zeros(self._total, dtype=torch.bool)
+        chosen[randomness.permutation(self._total, seed=self.task.seed, purpose=f"subset.{purpose}")[:n]] = True
+        return chosen
 
     def _protocol(self) -> dict[str, Any]:
         settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings) if f.name != "extractor"}
@@ -323,6 +324,13 @@ class FlowEvaluator:
         if total[1] == 0:
             raise DataError(f"{name}: no sample was measured; the test set is empty, or has no labels.")
         return float(total[0] / total[1])
+
+
+def _test_size(task: FlowTask) -> int:
+    """Samples of the test set; their indices are 0 .. n - 1."""
+    loaders = task.trainer.test_dataloaders
+    loader = loaders[0] if isinstance(loaders, list) else loaders
+    return len(cast(Any, loader).dataset)
 
 
 def _share(n: int, rank: int, world: int) -> int:
