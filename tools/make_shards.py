@@ -56,7 +56,7 @@ def write_shards(samples: Iterable[dict[str, Any]], out: Path, prefix: str, per_
             if writer is not None:
                 close(writer, path, count)
             path, count = out / f"{prefix}-{len(shards):06d}.tar", 0
-            writer = wds.TarWriter(str(path), user="srcflow", group="srcflow", mtime=0.0, encoder=False)
+            writer = wds.TarWriter(str(path), user="srcflow", group="srcflow", mtime=0, encoder=False)
         writer.write(sample)
         count += 1
     if writer is not None:

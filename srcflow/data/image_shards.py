@@ -60,6 +60,13 @@ class ImageShardsDataset(ImageDataset):
         return self.index.fingerprint()
 
 
+def opened(source: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Pipeline stage: open each shard and close it when it is done with (webdataset's own opener leaves that to the garbage collector)."""
+    for shard in source:
+        with open(shard["url"], "rb") as stream:
+            yield {**shard, "stream": stream}
+
+
 class ImageShardsStream(IterableDataset[Sample]):
     """A rank's endless stream of shuffled samples through webdataset, cut to `steps` batches per epoch and rank.
 
@@ -117,7 +124,9 @@ class ImageShardsStream(IterableDataset[Sample]):
             rng = random.Random(key(self.seed, purpose, epoch, 0))
             pipeline = wds.DataPipeline(
                 wds.SimpleShardList([self.samples.index.paths[s] for s in order]),
-                wds.tarfile_to_samples(),
+                opened,
+                wds.tariterators.tar_file_expander,
+                wds.tariterators.group_by_keys,
                 self._numbered,
                 wds.shuffle(self.buffer, initial=self.buffer // 2, rng=rng),
             )

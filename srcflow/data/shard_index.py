@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import io
 import json
+import mmap
 import os
 import re
 import tarfile
@@ -28,6 +29,7 @@ from srcflow.errors import DataError, Problems
 
 LABELS = ("cls", "json")
 BLOCK = 512
+PAX = re.compile(rb" (?:path|linkpath|size|GNU\.sparse[^=]*)=")  # pax records that matter here; webdataset writes one with the time
 METADATA = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
 
 
@@ -139,21 +141,19 @@ def scan_shard(path: str) -> list[tuple[str, tuple[int, int, int, int], bool]]:
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     current = None
-    for member in members(path):
-        if not member.isreg():
+    for name, offset, size in members(path):
+        if METADATA.match(name):
             continue
-        if METADATA.match(member.name):
-            continue
-        key, extension = split_name(member.name)
+        key, extension = split_name(name)
         if not extension or not key.rpartition("/")[2]:
-            raise DataError(f"{path}: {member.name!r} is not KEY.EXTENSION; WebDataset would skip it in silence.")
+            raise DataError(f"{path}: {name!r} is not KEY.EXTENSION; WebDataset would skip it in silence.")
         if key != current and key in samples:
             raise DataError(f"{path}: the files of sample {key!r} do not follow each other; WebDataset would make two samples of them.")
         current = key
         files = samples.setdefault(key, {})
         if extension in files:
-            raise DataError(f"{path}: {member.name!r} occurs twice.")
-        files[extension] = (member.offset_data, member.size)
+            raise DataError(f"{path}: {name!r} occurs twice.")
+        files[extension] = (offset, size)
     if not samples:
         raise DataError(f"{path}: holds no samples.")
     return [_sample(path, key, files) for key, files in samples.items()]
@@ -168,38 +168,80 @@ def _sample(path: str, key: str, files: dict[str, tuple[int, int]]) -> tuple[str
     return key, (*files[images[0]], *(files[label] if label else (-1, 0))), label == "json"
 
 
-def members(path: str) -> list[tarfile.TarInfo]:
-    """All members of an archive that is complete: sizes fit the file, and it ends in zeros.
+class _Extended(Exception):
+    """The archive has headers beyond plain ustar (long names, pax)."""
+
+
+def members(path: str) -> list[tuple[str, int, int]]:
+    """Regular files of an archive: name, offset of the data, size. The archive must be complete, and end in zeros.
 
     Raises:
         DataError: it is not a tar file, is compressed, cut or damaged.
     """
     size = os.path.getsize(path)
-    try:
-        with tarfile.open(path, "r:") as tar:
-            found = tar.getmembers()
-            end = tar.offset
-    except (tarfile.TarError, OSError, EOFError) as e:
-        raise DataError(f"{path}: not an uncompressed tar archive, or damaged: {e}.") from e
-    for member in found:
-        if member.offset_data + member.size > size:
-            raise DataError(f"{path}: is cut: {member.name} ends at byte {member.offset_data + member.size} of {size}.")
-    if found:  # where the last member's padded data end; `tar.offset` may stand behind the end marker
-        last = found[-1]
-        data = -(-last.size // BLOCK) * BLOCK if last.isreg() else 0
-        end = last.offset_data + data
-    with open(path, "rb") as f:
-        f.seek(end)
+    if size == 0:
+        raise DataError(f"{path}: is empty.")
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            found, end = _plain_members(path, data)
+        except _Extended:
+            found, end = _extended_members(path, size)
         rest = 0
-        while chunk := f.read(1 << 20):
+        for at in range(end, size, 1 << 20):
+            chunk = data[at : at + (1 << 20)]
             rest += len(chunk)
             if chunk.count(0) != len(chunk):
-                raise DataError(
-                    f"{path}: damaged after {found[-1].name if found else 'its start'} (byte {end} of {size}): no readable header."
-                )
+                raise DataError(f"{path}: damaged: data behind the end-of-archive marker at byte {end} of {size}.")
     if rest < BLOCK:
-        raise DataError(f"{path}: is cut after {found[-1].name if found else 'its start'}: the end-of-archive marker is missing.")
+        raise DataError(f"{path}: is cut after {found[-1][0] if found else 'its start'}: the end-of-archive marker is missing.")
     return found
+
+
+def _plain_members(path: str, data: mmap.mmap) -> tuple[list[tuple[str, int, int]], int]:
+    """Members of a ustar archive, several times as fast as tarfile reads them, and where they end."""
+    found: list[tuple[str, int, int]] = []
+    at, size = 0, len(data)
+    while at < size:
+        header = data[at : at + BLOCK]
+        if header.count(0) == len(header):
+            break
+        try:
+            if len(header) < BLOCK or int(header[148:156].rstrip(b" \0"), 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+                raise ValueError("wrong checksum")
+            kind = header[156:157]
+            if kind not in (b"0", b"\0", b"5", b"x") or header[124] & 0x80:
+                raise _Extended
+            length = int(header[124:136].rstrip(b" \0") or b"0", 8)
+            if kind == b"x" and PAX.search(data[at + BLOCK : at + BLOCK + length]):
+                raise _Extended
+            name = header[:100].split(b"\0", 1)[0].decode()
+            if header[257:263] == b"ustar\0" and header[345]:
+                name = header[345:500].split(b"\0", 1)[0].decode() + "/" + name
+        except ValueError as e:
+            what = "not an uncompressed tar archive" if at == 0 else f"cut or damaged after {found[-1][0] if found else 'its start'}"
+            raise DataError(f"{path}: {what}: no readable header at byte {at} of {size} ({e}).") from e
+        start = at + BLOCK
+        if start + length > size:
+            raise DataError(f"{path}: is cut: {name} ends at byte {start + length} of {size}.")
+        if kind in (b"0", b"\0"):
+            found.append((name, start, length))
+        at = start + -(-length // BLOCK) * BLOCK
+    return found, at
+
+
+def _extended_members(path: str, size: int) -> tuple[list[tuple[str, int, int]], int]:
+    """The same through tarfile, which knows all kinds of headers."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            all_members = tar.getmembers()
+    except (tarfile.TarError, OSError, EOFError) as e:
+        raise DataError(f"{path}: not an uncompressed tar archive, or damaged: {e}.") from e
+    for member in all_members:
+        if member.offset_data + member.size > size:
+            raise DataError(f"{path}: is cut: {member.name} ends at byte {member.offset_data + member.size} of {size}.")
+    last = all_members[-1]
+    end = last.offset_data + (-(-last.size // BLOCK) * BLOCK if last.isreg() else 0)
+    return [(m.name, m.offset_data, m.size) for m in all_members if m.isreg()], end
 
 
 def read_span(path: str, offset: int, size: int) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
@@ -28,7 +28,7 @@ class Source(Protocol):
         """A sample's name."""
 
 
-class DataModule(L.LightningDataModule):
+class DataModule(L.LightningDataModule, ABC):
     """Train, validation and test data as `types.Batch`es. A subclass implements `open` and `describe`.
 
     Training batches are shuffled, in another order every epoch, and complete (a remainder is dropped, another one in each epoch).

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+
+from srcflow.data.feature_store import FeatureStoreWriter
+from srcflow.datamodules.base import DataModule
+from srcflow.datamodules.feature_store import FeatureStore
+from srcflow.datamodules.image_folder import ImageFolder
+from srcflow.datamodules.image_shards import ImageShards
+from srcflow.errors import ArtifactError, ConfigError, DataError, ManifestMismatchError, ProblemsError
+from srcflow.types import Batch
+
+SIZES = {"train": 22, "val": 7, "test": 5}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # Lightning's own call of torch
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),  # tests use none
+    pytest.mark.filterwarnings("ignore:.*number of training batches:UserWarning"),  # logging interval, nothing is logged
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same data three times: sample i of a split is plain, of colour i, with label i % 3 in `shards` and `store`."""
+    root = tmp_path_factory.mktemp("data")
+    for split, n in SIZES.items():
+        for i in range(n):
+            path = root / "folder" / split / f"class{i % 3}" / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (12, 10), (i, 0, 0)).save(path)
+        for shard in range(2):
+            with wds.TarWriter(str(root / f"{split}-{shard}.tar")) as writer:
+                for i in range(shard, n, 2):
+                    writer.write({"__key__": f"{i:03d}", "png": Image.new("RGB", (12, 10), (i, 0, 0)), "cls": i % 3})
+        flip = split == "train"
+        facts: dict[str, Any] = {"grid": (2, 2), "encoder": {"weights": "w"}}
+        with FeatureStoreWriter(root / f"store_{split}", n=n, tokens=4, dim=3, image_size=(8, 8), manifest=facts, flip=flip) as store:
+            for mirrored in (False, True) if flip else (False,):
+                images = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 8, 8)
+                store.write(
+                    torch.arange(n), torch.zeros(n, 4, 3), images, torch.arange(n) % 3, [str(i) for i in range(n)], mirrored=mirrored
+                )
+    return root
+
+
+def make(kind: str, place: Path, **options: Any) -> DataModule:
+    options = {"batch_size": 4, "num_classes": 3, **options}
+    if kind == "folder":
+        return ImageFolder(*(str(place / "folder" / s) for s in SIZES), size=8, flip=True, **options)
+    if kind == "store":
+        return FeatureStore(*(str(place / f"store_{s}") for s in SIZES), **options)
+    return ImageShards(
+        *(str(place / f"{s}-{{0..1}}.tar") for s in SIZES), size=8, flip=True, mode="stream" if kind == "stream" else "map", **options
+    )
+
+
+class Recorder(L.LightningModule):
+    """Remembers what each loop was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: dict[str, list[Batch]] = {"train": [], "val": [], "test": [], "predict": []}
+
+    def training_step(self, batch: Batch) -> Tensor:
+        self.seen["train"].append(batch)
+        return self.weight * 0
+
+    def validation_step(self, batch: Batch) -> None:
+        self.seen["val"].append(batch)
+
+    def test_step(self, batch: Batch) -> None:
+        self.seen["test"].append(batch)
+
+    def predict_step(self, batch: Batch) -> Tensor:
+        self.seen["predict"].append(batch)
+        return batch["indices"]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def trainer(tmp_path: Path, **options: Any) -> L.Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(default_root_dir=tmp_path, accelerator="cpu", devices=1, num_sanity_val_steps=0, **quiet, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["folder", "map", "stream", "store"])
+def test_through_the_trainer(kind: str, workers: int, place: Path, tmp_path: Path) -> None:
+    """Three epochs differ in order (with persistent workers too), and evaluation sees each sample once."""
+    data, model = make(kind, place, num_workers=workers), Recorder()
+    t = trainer(tmp_path, max_epochs=3)
+    t.fit(model, datamodule=data)
+    t.test(model, datamodule=data, verbose=False)
+    t.predict(model, datamodule=data, return_predictions=False)
+    rows = 44 if kind == "store" else 22
+    steps = rows // 4
+    assert len(model.seen["train"]) == 3 * steps
+    epochs = [[i for b in model.seen["train"][e * steps : (e + 1) * steps] for i in b["indices"].tolist()] for e in range(3)]
+    assert len({tuple(e) for e in epochs}) == 3
+    for epoch in epochs:
+        assert max(epoch) < rows
+        assert kind == "stream" or len(set(epoch)) == len(epoch) == steps * 4
+    if kind != "store":
+        flips = [
+            {
+                i: f
+                for b in model.seen["train"][e * steps : (e + 1) * steps]
+                for i, f in zip(b["indices"].tolist(), b["flipped"].tolist(), strict=True)
+            }
+            for e in range(3)
+        ]
+        common = flips[0].keys() & flips[1].keys() & flips[2].keys()
+        assert any(len({f[i] for f in flips}) == 2 for i in common)  # the epoch reaches the workers
+    for split, batches in (("val", model.seen["val"][:2]), ("test", model.seen["test"]), ("predict", model.seen["predict"])):
+        n = SIZES.get(split, SIZES["test"])
+        assert [i for b in batches for i in b["indices"][b["valid"]].tolist()] == list(range(n))
+        assert not any(bool(b["flipped"].any()) for b in batches)
+    for batch in model.seen["train"] + model.seen["test"]:
+        assert batch["images"].shape[1:] == (3, 8, 8)
+        assert batch["images"].dtype == torch.uint8
+        colours = batch["images"][:, 0, 0, 0]
+        assert torch.equal(batch["labels"], (colours % 3).long())
+        assert kind != "store" or (batch["grid"] == (2, 2) and batch["features"].shape[1:] == (4, 3))
+
+
+@pytest.mark.parametrize("kind", ["folder", "map", "store"])
+def test_workers_and_batch_size_change_nothing(kind: str, place: Path) -> None:
+    def training(**options: Any) -> list[tuple[int, bool, bytes]]:
+        data = make(kind, place, **options)
+        loader = data.loader("train", training=True)
+        loader.sampler.set_epoch(4)  # type: ignore[attr-defined]
+        return [
+            (i, f, p.numpy().tobytes())
+            for b in loader
+            for i, f, p in zip(b["indices"].tolist(), b["flipped"].tolist(), b["images"], strict=True)
+        ]
+
+    assert training(batch_size=2) == training(batch_size=11) == training(batch_size=2, num_workers=2)
+    assert training(batch_size=2) != training(batch_size=2, seed=1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "map", "store"])
+def test_the_place_of_the_data_is_no_part_of_the_fingerprint(kind: str, place: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.symlink_to(place)
+    assert make(kind, place).fingerprint() == make(kind, moved).fingerprint()
+    assert make(kind, place).fingerprint() != make(kind, place, num_classes=0).fingerprint()
+
+
+def test_without_labels(place: Path) -> None:
+    for kind in ("folder", "map", "store"):
+        data = make(kind, place, num_classes=0)
+        data.setup("fit")
+        assert {i for b in data.train_dataloader() for i in b["labels"].tolist()} == {-1}
+
+
+def test_all_problems_at_once(place: Path) -> None:
+    data = ImageShards(str(place / "no-{0..1}.tar"), str(place / "val-9.tar"), num_classes=3)
+    with pytest.raises(ProblemsError, match=r"(?s)no-0.tar.*no-1.tar.*val-9.tar"):
+        data.setup("fit")
+    with pytest.raises(ArtifactError, match="not a feature store"):
+        FeatureStore(str(place / "folder")).setup("fit")
+    with pytest.raises(ConfigError, match=r"data.num_classes = 7.*3 class folders"):
+        make("folder", place, num_classes=7).setup("test")
+    with pytest.raises(DataError, match=r"label 2 .*num_classes = 2"):
+        make("store", place, num_classes=2).setup("test")
+
+
+def test_configuration_errors(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.train = None"):
+        ImageFolder(size=8).setup("fit")
+    with pytest.raises(ConfigError, match=r"data.path_test = None"):
+        FeatureStore(str(place / "store_train")).setup("test")
+    with pytest.raises(ConfigError, match=r"data.batch_size = 0"):
+        ImageFolder(batch_size=0)
+    with pytest.raises(ConfigError, match=r"data.batch_size = 100: 22 training samples"):
+        make("map", place, batch_size=100).setup("fit")
+    data = make("stream", place, num_workers=3)
+    data.setup("fit")
+    with pytest.raises(ConfigError, match=r"2 shards, 1 ranks x 3 workers"):
+        data.train_dataloader()
+    with pytest.raises(ConfigError, match="split = 'training'"):
+        make("map", place).dataset("training")  # type: ignore[arg-type]
+
+
+def test_no_validation_data(place: Path, tmp_path: Path) -> None:
+    data, model = ImageFolder(str(place / "folder" / "train"), size=8, num_classes=3, batch_size=4), Recorder()
+    with pytest.warns(UserWarning, match="Total length of `list` across ranks is zero"):  # Lightning's word for no validation data
+        trainer(tmp_path, max_steps=2).fit(model, datamodule=data)
+    assert len(model.seen["train"]) == 2
+    assert not model.seen["val"]
+
+
+def test_stores_must_belong_together(place: Path, tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"grid": (2, 2), "encoder": {"weights": "other"}}
+    with FeatureStoreWriter(tmp_path / "val", n=1, tokens=4, dim=3, image_size=(8, 8), manifest=facts) as store:
+        store.write(
+            torch.arange(1), torch.zeros(1, 4, 3), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ["k"]
+        )
+    with pytest.raises(ManifestMismatchError, match=r"encoder.weights: stored 'other', this run 'w'"):
+        FeatureStore(str(place / "store_train"), str(tmp_path / "val"), batch_size=4, num_classes=3).setup("fit")
+    data = make("store", place)
+    data.check({"encoder": {"weights": "w"}})
+    with pytest.raises(ManifestMismatchError, match=r"encoder.weights"):
+        data.check({"encoder": {"weights": "v"}})
+
+
+def test_evaluation_on_several_ranks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make("map", place)
+    ranks = []
+    for rank in range(3):
+        monkeypatch.setattr(data, "share", lambda rank=rank: (rank, 3))
+        ranks.append(list(data.loader("val")))
+    assert len({len(r) for r in ranks}) == 1
+    assert sorted(i for r in ranks for b in r for i in b["indices"][b["valid"]].tolist()) == list(range(7))
+    assert sum(len(b["valid"]) for r in ranks for b in r) == 9
+
+
+def test_constructors_touch_no_file() -> None:
+    ImageFolder("nowhere", num_classes=3)
+    ImageShards("nowhere-{0..9}.tar")
+    FeatureStore("nowhere")
