@@ -64,7 +64,8 @@ class EfficientNetLite(Encoder):
             raise ConfigError("encoder.image_size", image_size, f"the sides must be multiples of the stride of stage {stage}, {stride}.")
         # the networks were trained on images in [-1, 1]
         super().__init__(net.feature_info.channels()[-1], stride, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (height, width))
-        self.model = net
+        # depthwise convolutions run two to three times as fast with the channels last, on CPUs and GPUs
+        self.model = net.to(memory_format=torch.channels_last)
         self.name, self.size, self.stage, self.weights = name, size, stage, weights
 
     @property
@@ -74,12 +75,12 @@ class EfficientNetLite(Encoder):
 
     def tokens(self, images: Tensor) -> tuple[Tensor, Grid]:
         """See `Encoder.tokens`."""
-        x = self.model(images)[-1]
+        x = self.model(images.contiguous(memory_format=torch.channels_last))[-1]
         return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
 
     def intermediates(self, images: Tensor) -> list[Tensor]:
         """The feature maps (B, C, h, w) up to `stage` of images (B, 3, H, W) in [0, 1]; gradients pass to the images."""
-        maps: list[Tensor] = self.model(self.prepare(images))
+        maps: list[Tensor] = self.model(self.prepare(images).contiguous(memory_format=torch.channels_last))
         return maps
 
     def setup(self) -> None:
