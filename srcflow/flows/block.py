@@ -90,7 +90,7 @@ class _Run:
 
 
 class TransformerBlock(nn.Module, metaclass=Recorded):
-    """A causal transformer that predicts a coupling's parameters (TARFlow arXiv 2412.06329, STARFlow arXiv 2506.06276, E3).
+    """A causal transformer that predicts a coupling's parameters (TARFlow arXiv 2412.06329, STARFlow arXiv 2506.06276, E17).
 
     Args:
         channels: width d of a token.

@@ -55,7 +55,7 @@ class Learned(Positions):
 
 
 class Rotary(Positions):
-    """STARFlow's two-dimensional rotary positions, by sequence slot: not reversed in reversed blocks (arXiv 2506.06276, E4).
+    """STARFlow's two-dimensional rotary positions, by sequence slot: not reversed in reversed blocks (arXiv 2506.06276, E18).
 
     Args:
         grid: (rows, columns) that the model is built for; other grids are rescaled to its mean side.

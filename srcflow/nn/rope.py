@@ -15,7 +15,7 @@ TEXT_FREQUENCIES = 8
 
 
 def angles(head_dim: int, side: float, grid: Grid, text: int, text_axis: bool, device: torch.device) -> Tensor:
-    """Rotation angles of every sequence slot (text + N, head_dim / 2), float32: pairs laid out row, column, third axis (E4).
+    """Rotation angles of every sequence slot (text + N, head_dim / 2), float32: pairs laid out row, column, third axis (E18).
 
     Image slot (r, c) has coordinates r * side / sqrt(h w) and c * side / sqrt(h w), so grids of another shape keep the mean side; text
     slot t has row = column = 0 and third coordinate t * side / text.

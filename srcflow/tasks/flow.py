@@ -7,6 +7,8 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from srcflow import randomness
 from srcflow.autoencoders.base import Autoencoder
@@ -172,6 +174,19 @@ class FlowTask(Task):
         total = moments.all_reduced()
         norm2.fit(total.mean.to(self.device), total.covariance.to(self.device))
         rank_zero_info(f"Normalisation of the codes fitted on {total.count} tokens.")
+
+    def configure_model(self) -> None:
+        """Shard the flow, one wrap per transformer layer, under ModelParallelStrategy (FSDP2); nothing under one process or DDP."""
+        mesh = self.device_mesh
+        if mesh is None or any(isinstance(p, DTensor) for p in self.flow.parameters()):
+            return
+        ranks = mesh["data_parallel"]
+        for block in self.flow.blocks:
+            for layer in getattr(block, "layers", []):
+                fully_shard(layer, mesh=ranks)
+        fully_shard(self.flow, mesh=ranks)
+        for name in ("blocks_forward", "log_prob", "class_log_probs", "blocks_inverse", "inverse"):
+            register_fsdp_forward_method(self.flow, name)
 
     # --- data --------------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay: what every stage trains with (docs/reference/equations.md E13)."""
+"""AdamW with warm-up and cosine decay: what every stage trains with (docs/reference/equations.md E19)."""
 
 from __future__ import annotations
 
