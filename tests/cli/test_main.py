@@ -230,10 +230,10 @@ def test_debug_raises_them(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["fit", "--model=FakeTusk"])
 
 
-def test_errors_that_are_not_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_that_are_not_ours_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeTask, "training_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main(["fit", *RUN, "--trainer.max_steps=1"])
+        main(["fit", *RUN, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1"])
 
 
 def test_broken_plugins_are_reported_once_and_not_fatal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
