@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,14 @@ from srcflow.types import NULL_LABEL, BlockOutput, CausalBlock, Condition, Conte
 
 class GuidanceWarning(UserWarning):
     """Guidance was asked for but cannot have an effect."""
+
+
+class Steps(NamedTuple):
+    """The way of a batch through a flow: the normalised data y (B, N, d), every block's output, and the summed log-determinant (B,)."""
+
+    y: Tensor
+    blocks: list[BlockOutput]
+    logdet: Tensor
 
 
 class Flow(nn.Module, metaclass=Recorded):
@@ -157,9 +166,16 @@ class Flow(nn.Module, metaclass=Recorded):
 
     def blocks_forward(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> list[BlockOutput]:
         """Every block's output from data x (B, N, d), in the order of `forward`; the normalisation comes before the first."""
+        return self.steps(x, condition, grid=grid).blocks
+
+    def steps(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> Steps:
+        """Everything that `forward` computes on its way from data x (B, N, d) to noise."""
         ctx = self._context(x, condition, grid, 1.0)
-        y, _ = self.normalize(x)
-        return self._blocks_forward(y, ctx)
+        y, logdet = self.normalize(x)
+        outputs = self._blocks_forward(y, ctx)
+        for o in outputs:
+            logdet = logdet + o.logdet.flatten(1).sum(1)
+        return Steps(y, outputs, logdet)
 
     def forward(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> FlowOutput:
         """Data to noise.
@@ -175,12 +191,8 @@ class Flow(nn.Module, metaclass=Recorded):
         Raises:
             ShapeError: x does not fit the channels or the grid.
         """
-        ctx = self._context(x, condition, grid, 1.0)
-        y, logdet = self.normalize(x)
-        outputs = self._blocks_forward(y, ctx)
-        for o in outputs:
-            logdet = logdet + o.logdet.flatten(1).sum(1)
-        return FlowOutput(outputs[-1].z, logdet)
+        steps = self.steps(x, condition, grid=grid)
+        return FlowOutput(steps.blocks[-1].z, steps.logdet)
 
     def log_prob(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> Tensor:
         """Log-density (B,) of data x (B, N, d) in nats, under the (possibly learned) prior."""

@@ -185,7 +185,7 @@ class FlowTask(Task):
             for layer in getattr(block, "layers", []):
                 fully_shard(layer, mesh=ranks)
         fully_shard(self.flow, mesh=ranks)
-        for name in ("blocks_forward", "log_prob", "class_log_probs", "blocks_inverse", "inverse"):
+        for name in ("steps", "log_prob", "class_log_probs", "blocks_inverse", "inverse"):
             register_fsdp_forward_method(self.flow, name)
 
     # --- data --------------------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class FlowTask(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean negative log-likelihood in nats per dimension, plus the latent-norm penalty."""
         codes = self.codes(batch, "train")
-        outputs, first, logdet = self._through(codes, self.condition(batch, dropout=True))
+        first, outputs, logdet = self.flow.steps(codes, self.condition(batch, dropout=True))
         z = outputs[-1].z
         dims = z[0].numel()
         prior = -normal_log_prob(z).mean() / dims
@@ -235,13 +235,6 @@ class FlowTask(Task):
         if self.trainer._logger_connector.should_update_logs:
             self.log_dict(self._block_statistics(outputs, "train"))
         return loss
-
-    def _through(self, codes: Tensor, condition: Condition | None) -> tuple[list[BlockOutput], Tensor, Tensor]:
-        first, logdet = self.flow.normalize(codes)
-        outputs = self.flow.blocks_forward(codes, condition)
-        for o in outputs:
-            logdet = logdet + o.logdet.flatten(1).sum(1)
-        return outputs, first, logdet
 
     @torch.no_grad()
     def _block_statistics(self, outputs: list[BlockOutput], stage: str) -> dict[str, Tensor]:
@@ -268,7 +261,7 @@ class FlowTask(Task):
         codes = self.codes(batch, "validation", 0)
         valid = batch["valid"].to(self.device)
         with watch_logits() as logits:
-            outputs, _, logdet = self._through(codes, self.condition(batch, dropout=False))
+            _, outputs, logdet = self.flow.steps(codes, self.condition(batch, dropout=False))
         prior = -normal_log_prob(outputs[-1].z, self.flow.prior_std if self.flow.learn_prior else None)
         self._totals["count"] += valid.sum()
         self._totals["prior"] += prior[valid].double().sum()
