@@ -32,6 +32,10 @@ class Negative(metaclass=Recorded):
             raise ConfigError("guidance.negative.attention_temperature", attention_temperature, "a temperature is positive.")
         self.condition, self.attention_temperature, self.flow = condition, attention_temperature, flow
 
+    def __repr__(self) -> str:
+        kinds = [f"{k}=..." for k in ("condition", "flow") if getattr(self, k) is not None]
+        return f"Negative({', '.join([*kinds, f'attention_temperature={self.attention_temperature}'])})"
+
 
 class Guidance(metaclass=Recorded):
     """A rule that combines positive and negative affine parameters, token by token.

@@ -23,6 +23,10 @@ class Schedule(metaclass=Recorded):
     def is_zero(self) -> bool:
         """True if the strength is 0 everywhere, so that no negative stream has to be run."""
 
+    def __repr__(self) -> str:
+        arguments = getattr(self, "_recorded_spec", ("", {}))[1]
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+
 
 class Constant(Schedule):
     """The same strength for every token.
