@@ -171,11 +171,9 @@ class EMA(L.Callback):
             return
         state: dict[str, Tensor] = checkpoint.get("state_dict", {})
         present = self._backup if self._backup is not None else trained(pl_module)
+        raw = {k: full(v) for k, v in present.items()}  # a sharded checkpoint keeps what is no state_dict in rank zero's file
         sharded = any(isinstance(v, DTensor) for v in state.values())
-        if sharded:
-            averaged, raw = self._shadow, {k: v.detach() for k, v in present.items()}
-        else:
-            averaged, raw = self.weights(pl_module, "ema"), {k: full(v) for k, v in present.items()}
+        averaged = self._shadow if sharded else self.weights(pl_module, "ema")
         if state:
             for name, owner in aliases(pl_module).items():
                 if name in state:
@@ -190,7 +188,14 @@ class EMA(L.Callback):
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that requires a gradient, by name, a shared one once."""
+    """Every parameter that requires a gradient, by name, a shared one once; as shards where FSDP2 has sharded the module.
+
+    FSDP2's root stays gathered after a forward without gradients: its parameters are then plain copies, and what is written to the shards
+    would not be seen by the next forward. So it is resharded first.
+    """
+    for part in module.modules():
+        if callable(reshard := getattr(part, "reshard", None)):
+            reshard()
     return {k: p for k, p in module.named_parameters() if p.requires_grad}
 
 

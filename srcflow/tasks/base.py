@@ -18,17 +18,18 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DistributedSampler
 
 import srcflow
 from srcflow import artifacts, noise
 from srcflow.autoencoders.base import Autoencoder
-from srcflow.callbacks.ema import EMA, RAW_STATE, aliases
+from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, full, trained
 from srcflow.callbacks.non_finite import NonFiniteGuard
 from srcflow.data.manifest import weights_hash
 from srcflow.datamodules.base import DataModule
 from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
-from srcflow.registry import spec_of
+from srcflow.registry import build, spec_of
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.types import Batch, Grid
 
@@ -119,7 +120,17 @@ class Task(L.LightningModule):
                     "Set model.optimization.gradient_clip instead.",
                 )
             )
+        if stage == "fit" and self.artifact is not None:
+            with problems.collect():
+                self._check_artifact(Path(self.artifact))
         problems.raise_if_any()
+
+    def _check_artifact(self, artifact: Path) -> None:
+        """Refuse a place that `write_artifact` would refuse at the end: something else is there, or this run writes into it."""
+        artifacts.check_target(artifact)
+        folders = [lo.log_dir for lo in self.trainer.loggers] + [getattr(c, "dirpath", None) for c in cast(Any, self.trainer).callbacks]
+        for inside in (f for f in folders if f is not None and Path(f).resolve().is_relative_to(artifact.resolve())):
+            raise ConfigError("artifact", str(artifact), f"the run writes {inside} into it.", "Name a directory of its own.")
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The guard against non-finite steps."""
@@ -252,13 +263,13 @@ class Task(L.LightningModule):
         """
         source = cast(Any, self.trainer).datamodule
         world, rank = self.trainer.world_size, self.trainer.global_rank
-        shared = isinstance(source, DataModule)  # its loaders give every rank a share
-        if shared and limit is None and not augmented:
+        if isinstance(source, DataModule) and limit is None and not augmented:
             loader: Any = source.loader("train")
         elif source is not None:
             loader = source.train_dataloader()
         else:
             loader = self.trainer.fit_loop._data_source.dataloader()
+        shared = isinstance(getattr(loader, "sampler", None), DistributedSampler)  # every rank gets a share from it (our loaders do so)
         for i, batch in enumerate(loader):
             if limit is not None and (i * world + rank if shared else i) >= limit:
                 return
@@ -367,12 +378,17 @@ class Task(L.LightningModule):
 
     def _write(self, path: str, raw: Mapping[str, Tensor] | None, facts: Mapping[str, Any], *, write: bool) -> Path:
         target = Path(path)
-        if any(isinstance(p, DTensor) for p in self.made.parameters()):
-            raise ArtifactError(f"{target}: sharded weights cannot be written from here; run `srcflow export` on the checkpoint.")
+        module = self.made
+        trained(self)  # reshards what a forward has left gathered
+        if any(isinstance(p, DTensor) for p in module.parameters()):
+            state = {k: full(v) for k, v in module.state_dict().items()}  # a collective
+            if write:
+                module = build(spec_of(module), nn.Module)
+                artifacts.load_state(module, state, what=type(module).__name__)
         if write:
             start = target.resolve()
             built_on = {r: {"path": os.path.relpath(b["path"], start), "hash": b["hash"]} for r, b in facts["built_on"].items()}
-            artifacts.save(target, self.made, raw=raw, manifest={**facts, "built_on": built_on})
+            artifacts.save(target, module, raw=raw, manifest={**facts, "built_on": built_on})
             rank_zero_info(f"Wrote {target}.")
         return target
 

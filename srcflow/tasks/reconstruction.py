@@ -18,7 +18,7 @@ from srcflow.losses.reconstruction import pixel_loss
 from srcflow.metrics.features.base import Extractor
 from srcflow.metrics.frechet import FrechetDistance, sized_name
 from srcflow.metrics.reconstruction import ReconstructionMetrics
-from srcflow.noise import Constant, Noise, Uniform
+from srcflow.noise import Noise
 from srcflow.registry import spec_of
 from srcflow.tasks.base import Task, Weights
 from srcflow.tasks.discriminator import Discriminator
@@ -38,14 +38,14 @@ class ReconstructionTask(Task):
     `eval_noise`: L1, PSNR and SSIM per image, and the Frechet distance of reconstructions to images if there is an `extractor`.
 
     Args:
-        noise: noise law of training, in units of the raw features' unit RMS; null: none.
+        noise: noise law of training, in units of the raw features' unit RMS (RAE: Uniform, maximum 0.8); null: none.
+        eval_noise: the noise a flow will be trained under (SRC-Flow: Constant, sigma 0.4); null: evaluate at noise 0 only.
         pixel_weight: factor of the pixel loss.
         pixel_kind: mean absolute ("l1") or mean squared ("l2") difference.
         perceptual: a perceptual distance; null: none.
         perceptual_weight: its factor.
         adversarial: an adversarial loss (its weight and start steps are its own arguments); null: none.
         discriminator: optimizer of the adversarial loss's heads.
-        eval_noise: the noise a flow will be trained under; null: evaluate at noise 0 only.
         extractor: judge of the Frechet distance, not the network that makes the features; null: none.
         statistics_batches: how many training batches latent statistics and PCA are fitted on; null: the whole training set once.
         optimization: optimizer, schedule, clipping and the limit of non-finite steps.
@@ -57,14 +57,14 @@ class ReconstructionTask(Task):
 
     def __init__(
         self,
-        noise: Noise | None = Uniform(0.8),  # noqa: B008  # a law has no state
+        noise: Noise | None,
+        eval_noise: Noise | None,
         pixel_weight: float = 1.0,
         pixel_kind: Literal["l1", "l2"] = "l1",
         perceptual: Perceptual | None = None,
         perceptual_weight: float = 1.0,
         adversarial: Adversarial | None = None,
         discriminator: Optimization = DEFAULT,
-        eval_noise: Noise | None = Constant(0.4),  # noqa: B008
         extractor: Extractor | None = None,
         statistics_batches: int | None = None,
         optimization: Optimization = DEFAULT,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srcflow import artifacts, noise
+from srcflow import artifacts
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.callbacks.ema import EMA
@@ -19,12 +19,17 @@ from srcflow.errors import ArtifactError, ConfigError, NonFiniteError
 from srcflow.losses.adversarial import Adversarial
 from srcflow.losses.perceptual import EncoderPerceptual
 from srcflow.metrics.features.encoder import EncoderFeatures
+from srcflow.noise import Constant, Uniform
 from srcflow.statistics import Moments
 from srcflow.tasks.autoencoder import AutoencoderTask
 from srcflow.tasks.optimization import Optimization
 
 Make = Callable[..., Any]
 fast = Optimization(learning_rate=3e-3, min_learning_rate=1e-4)
+
+
+def stage_0(autoencoder: Any, **more: Any) -> AutoencoderTask:
+    return AutoencoderTask(autoencoder, **{"noise": Uniform(0.8), "eval_noise": Constant(0.4), **more})
 
 
 class Trail(L.Callback):
@@ -42,7 +47,7 @@ class Trail(L.Callback):
 def test_the_decoder_learns_the_encoder_does_not_and_the_artifact_is_complete(
     autoencoder: Make, pictures: Make, trainer: Make, tmp_path: Path
 ) -> None:
-    task = AutoencoderTask(autoencoder(), optimization=fast, artifact=str(tmp_path / "ae"))
+    task = stage_0(autoencoder(), optimization=fast, artifact=str(tmp_path / "ae"))
     trail, ema = Trail(), EMA(0.9)
     trainer(max_steps=60, callbacks=[trail, ema]).fit(task, datamodule=pictures())
     assert sum(trail.losses[-5:]) < 0.7 * sum(trail.losses[:5])
@@ -68,10 +73,10 @@ def test_the_decoder_learns_the_encoder_does_not_and_the_artifact_is_complete(
 
 
 def test_noise_is_keyed_by_step_and_sample_not_by_batch_size(autoencoder: Make, trainer: Make, pictures: Make) -> None:
-    task = AutoencoderTask(autoencoder(), seed=3)
+    task = stage_0(autoencoder(), seed=3)
     raw = torch.zeros(4, 16, 16)
     indices = torch.tensor([5, 2, 9, 7])
-    law = noise.Uniform(0.8)
+    law = Uniform(0.8)
     whole = task.noise_for(law, raw, indices, "train", 4)
     part = task.noise_for(law, raw[:1], indices[2:3], "train", 4)
     assert whole is not None
@@ -79,7 +84,7 @@ def test_noise_is_keyed_by_step_and_sample_not_by_batch_size(autoencoder: Make, 
     assert torch.equal(whole[2], part[0])
     assert not torch.equal(whole, task.noise_for(law, raw, indices, "train", 5))
     assert not torch.equal(whole, task.noise_for(law, raw, indices, "evaluation", 4))
-    assert not torch.equal(whole, AutoencoderTask(autoencoder(), seed=4).noise_for(law, raw, indices, "train", 4))
+    assert not torch.equal(whole, stage_0(autoencoder(), seed=4).noise_for(law, raw, indices, "train", 4))
     assert task.noise_for(None, raw, indices, "train", 4) is None
 
 
@@ -87,7 +92,7 @@ def test_a_resumed_run_is_the_straight_one(autoencoder: Make, pictures: Make, tr
     def run(steps: int, resume: str | None = None) -> tuple[AutoencoderTask, Trail, EMA, L.Trainer]:
         torch.manual_seed(5)
         game = Adversarial(encoder(8, 7), layers=None, kernel=3, train_from=1, count_from=2)
-        task = AutoencoderTask(autoencoder(), adversarial=game, optimization=fast)
+        task = stage_0(autoencoder(), adversarial=game, optimization=fast)
         trail, ema = Trail(), EMA(0.9)
         t = trainer(max_steps=8, callbacks=[trail, ema, Stop(steps)])
         t.fit(task, datamodule=pictures(), ckpt_path=resume)
@@ -119,7 +124,7 @@ def test_the_discriminator_stays_out_of_the_module_and_follows_its_start_steps(
     autoencoder: Make, pictures: Make, trainer: Make, encoder: Make
 ) -> None:
     game = Adversarial(encoder(8, 7), layers=None, kernel=3, train_from=2, count_from=4)
-    task = AutoencoderTask(autoencoder(), adversarial=game, optimization=fast)
+    task = stage_0(autoencoder(), adversarial=game, optimization=fast)
 
     class Watch(L.Callback):
         heads: list[Tensor] = []  # noqa: RUF012
@@ -146,7 +151,7 @@ def test_accumulation_clips_and_steps_both_sides_once(autoencoder: Make, picture
         torch.manual_seed(5)
         game = Adversarial(encoder(8, 7), layers=None, kernel=3)
         gan = Optimization(learning_rate=1e-2, min_learning_rate=1e-2)
-        task = AutoencoderTask(autoencoder(), noise=None, adversarial=game, discriminator=gan, optimization=fast, perceptual_weight=0)
+        task = stage_0(autoencoder(), noise=None, adversarial=game, discriminator=gan, optimization=fast, perceptual_weight=0)
         trainer(max_steps=1, accumulate_grad_batches=accumulate).fit(task, datamodule=pictures(batch_size=batch_size))
         return game.heads[0].read.parametrizations.weight.original.detach(), task.autoencoder.decoder.head.weight.detach()
 
@@ -160,13 +165,13 @@ def test_zero_weights_cost_nothing(autoencoder: Make, pictures: Make, trainer: M
             raise AssertionError("weights were loaded for a loss of weight 0")
 
     game = Adversarial(encoder(8, 7), layers=None, kernel=3, weight=0.0)
-    task = AutoencoderTask(autoencoder(), perceptual=Refuses(encoder(8, 3)), perceptual_weight=0.0, adversarial=game)
+    task = stage_0(autoencoder(), perceptual=Refuses(encoder(8, 3)), perceptual_weight=0.0, adversarial=game)
     trainer(max_steps=1).fit(task, datamodule=pictures())
     assert task.discriminator is None
 
 
 def test_a_perceptual_loss_is_added(autoencoder: Make, pictures: Make, trainer: Make, encoder: Make) -> None:
-    task = AutoencoderTask(autoencoder(), perceptual=EncoderPerceptual(encoder(8, 3)), perceptual_weight=2.0)
+    task = stage_0(autoencoder(), perceptual=EncoderPerceptual(encoder(8, 3)), perceptual_weight=2.0)
     t = trainer(max_steps=1)
     t.fit(task, datamodule=pictures())
     m = t.callback_metrics
@@ -178,7 +183,7 @@ def test_test_writes_the_table_and_the_protocol(
     autoencoder: Make, pictures: Make, trainer: Make, encoder: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def task(**more: Any) -> AutoencoderTask:
-        return AutoencoderTask(autoencoder(), extractor=EncoderFeatures(encoder(8, 3)), optimization=fast, **more)
+        return stage_0(autoencoder(), extractor=EncoderFeatures(encoder(8, 3)), optimization=fast, **more)
 
     trained = task()
     t = trainer(max_steps=6, callbacks=[EMA(0.9)])
@@ -209,13 +214,13 @@ def test_test_writes_the_table_and_the_protocol(
 
 
 def test_export_gives_what_fit_wrote(autoencoder: Make, pictures: Make, trainer: Make, tmp_path: Path) -> None:
-    task = AutoencoderTask(autoencoder(), artifact=str(tmp_path / "fit"), optimization=fast)
+    task = stage_0(autoencoder(), artifact=str(tmp_path / "fit"), optimization=fast)
     t = trainer(max_steps=3, callbacks=[EMA(0.9)])
     t.fit(task, datamodule=pictures())
     t.save_checkpoint(tmp_path / "a.ckpt")
     t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)
     for name in ("a", "light"):
-        AutoencoderTask(autoencoder()).export(str(tmp_path / f"{name}.ckpt"), str(tmp_path / name))
+        stage_0(autoencoder()).export(str(tmp_path / f"{name}.ckpt"), str(tmp_path / name))
         assert artifacts.read_manifest(tmp_path / name)["hash"] == artifacts.read_manifest(tmp_path / "fit")["hash"]
         assert artifacts.read_manifest(tmp_path / name)["data"] == {"class": "Pictures", "train": 32}
         one, two = (artifacts.read_tensors(tmp_path / d / "raw.safetensors") for d in ("fit", name))
@@ -223,21 +228,21 @@ def test_export_gives_what_fit_wrote(autoencoder: Make, pictures: Make, trainer:
         assert all(torch.equal(one[k], two[k]) for k in one)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ArtifactError, match="is not a checkpoint of AutoencoderTask"):
-        AutoencoderTask(autoencoder()).export(str(tmp_path / "other.ckpt"), str(tmp_path / "x"))
+        stage_0(autoencoder()).export(str(tmp_path / "other.ckpt"), str(tmp_path / "x"))
 
 
 def test_resuming_averaged_weights_without_the_callback_is_refused(
     autoencoder: Make, pictures: Make, trainer: Make, tmp_path: Path
 ) -> None:
     t = trainer(max_steps=2, callbacks=[EMA(0.9)])
-    t.fit(AutoencoderTask(autoencoder()), datamodule=pictures())
+    t.fit(stage_0(autoencoder()), datamodule=pictures())
     t.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ConfigError, match="Add the EMA callback"):
-        trainer(max_steps=4).fit(AutoencoderTask(autoencoder()), datamodule=pictures(), ckpt_path=str(tmp_path / "a.ckpt"))
+        trainer(max_steps=4).fit(stage_0(autoencoder()), datamodule=pictures(), ckpt_path=str(tmp_path / "a.ckpt"))
 
 
 def test_an_autoencoder_without_training_is_written_as_it_is(pictures: Make, trainer: Make, tmp_path: Path) -> None:
-    task = AutoencoderTask(PixelPatches(16, 4), eval_noise=None, artifact=str(tmp_path / "pixels"))
+    task = stage_0(PixelPatches(16, 4), eval_noise=None, artifact=str(tmp_path / "pixels"))
     t = trainer(max_steps=5)
     with pytest.warns(UserWarning, match="returned `None`"):
         t.fit(task, datamodule=pictures())
@@ -251,7 +256,7 @@ def test_stored_features_train_too_and_missing_images_are_named(
     def train(data: Callable[[Any], Any]) -> Tensor:
         model = autoencoder()
         model.encoder.setup()
-        task = AutoencoderTask(model, optimization=fast)
+        task = stage_0(model, optimization=fast)
         trainer(max_steps=2, limit_val_batches=0).fit(task, datamodule=data(model))
         return task.autoencoder.decoder.head.weight.detach()
 
@@ -262,19 +267,19 @@ def test_stored_features_train_too_and_missing_images_are_named(
 
 def test_settings_that_cannot_work_are_refused(autoencoder: Make, pictures: Make, trainer: Make, encoder: Make) -> None:
     with pytest.raises(ConfigError, match=r"optimization\.gradient_clip"):
-        trainer(gradient_clip_val=1.0).fit(AutoencoderTask(autoencoder()), datamodule=pictures())
-    half = AutoencoderTask(autoencoder())
+        trainer(gradient_clip_val=1.0).fit(stage_0(autoencoder()), datamodule=pictures())
+    half = stage_0(autoencoder())
     half._trainer = SimpleNamespace(precision="16-mixed", gradient_clip_val=None)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="bf16-mixed"):
         half.setup("fit")
     with pytest.raises(ConfigError, match="would judge"):
-        trainer().validate(AutoencoderTask(autoencoder(), extractor=EncoderFeatures(encoder(16, 0))), datamodule=pictures(), verbose=False)
+        trainer().validate(stage_0(autoencoder(), extractor=EncoderFeatures(encoder(16, 0))), datamodule=pictures(), verbose=False)
     with pytest.raises(ConfigError, match="weights"):
-        AutoencoderTask(autoencoder(), weights="swa")
+        stage_0(autoencoder(), weights="swa")
 
 
 def test_mixed_precision_keeps_float32_weights(autoencoder: Make, pictures: Make, trainer: Make) -> None:
-    task = AutoencoderTask(autoencoder(), optimization=fast)
+    task = stage_0(autoencoder(), optimization=fast)
     trainer(max_steps=3, precision="bf16-mixed").fit(task, datamodule=pictures())
     assert torch.isfinite(task.autoencoder.decoder.head.weight).all()
     assert task.autoencoder.decoder.head.weight.dtype == torch.float32
@@ -285,7 +290,7 @@ def test_every_task_brings_its_guard(autoencoder: Make, pictures: Make, trainer:
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             pl_module.pixel_weight = float("inf") if batch_idx == 1 else 1.0
 
-    task = AutoencoderTask(autoencoder(), optimization=fast)
+    task = stage_0(autoencoder(), optimization=fast)
     trail = Trail()
     t = trainer(max_steps=3, callbacks=[Poison(), trail])
     t.fit(task, datamodule=pictures())
@@ -294,6 +299,6 @@ def test_every_task_brings_its_guard(autoencoder: Make, pictures: Make, trainer:
     assert not torch.equal(trail.weights[1], trail.weights[2])
     assert float(t.callback_metrics["train/skipped_steps"]) == 1
 
-    patient = AutoencoderTask(autoencoder(), pixel_weight=float("inf"), optimization=Optimization(max_bad_steps=2))
+    patient = stage_0(autoencoder(), pixel_weight=float("inf"), optimization=Optimization(max_bad_steps=2))
     with pytest.raises(NonFiniteError, match="2 steps in a row"):
         trainer().fit(patient, datamodule=pictures())

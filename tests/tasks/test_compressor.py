@@ -18,6 +18,7 @@ from srcflow.compressors.identity import Identity
 from srcflow.compressors.linear import Linear
 from srcflow.compressors.pca import PCA
 from srcflow.errors import ConfigError, ManifestMismatchError
+from srcflow.noise import Constant, Uniform
 from srcflow.statistics import Moments, principal_components
 from srcflow.tasks.autoencoder import AutoencoderTask
 from srcflow.tasks.compressor import CompressorTask
@@ -28,11 +29,19 @@ fast = Optimization(learning_rate=3e-3, min_learning_rate=1e-4)
 pytestmark = pytest.mark.filterwarnings("ignore:code health:UserWarning")  # a few images through an untrained codec
 
 
+def stage_0(autoencoder: Any, **more: Any) -> AutoencoderTask:
+    return AutoencoderTask(autoencoder, **{"noise": Uniform(0.8), "eval_noise": Constant(0.4), **more})
+
+
+def stage_1(place: str, compressor: Compressor, **more: Any) -> CompressorTask:
+    return CompressorTask(place, compressor, **{"noise": Uniform(0.8), "eval_noise": Constant(0.4), **more})
+
+
 @pytest.fixture
 def stage0(autoencoder: Make, pictures: Make, trainer: Make, tmp_path: Path) -> str:
     """An artifact of stage 0, hardly trained."""
     path = str(tmp_path / "stage0")
-    trainer(max_steps=4).fit(AutoencoderTask(autoencoder(), optimization=fast, artifact=path), datamodule=pictures())
+    trainer(max_steps=4).fit(stage_0(autoencoder(), optimization=fast, artifact=path), datamodule=pictures())
     return path
 
 
@@ -59,7 +68,7 @@ def test_it_starts_from_pca_learns_and_chains(stage0: str, pictures: Make, train
         def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
             torch.testing.assert_close(pl_module.compressor.enc.weight, pca.components.float(), rtol=1e-3, atol=1e-4)
 
-    task = CompressorTask(stage0, Linear(16, 4), optimization=fast, artifact=str(tmp_path / "stage1"))
+    task = stage_1(stage0, Linear(16, 4), optimization=fast, artifact=str(tmp_path / "stage1"))
     losses, ema = Losses(), EMA(0.9)
     t = trainer(max_steps=40, callbacks=[Start(), losses, ema])
     t.fit(task, datamodule=pictures())
@@ -79,7 +88,7 @@ def test_compressors_without_training_are_fitted_and_written(
     kind: type[Compressor], stage0: str, pictures: Make, trainer: Make, tmp_path: Path
 ) -> None:
     compressor = PCA(16, 4) if kind is PCA else Identity(16)
-    task = CompressorTask(stage0, compressor, artifact=str(tmp_path / "stage1"))
+    task = stage_1(stage0, compressor, artifact=str(tmp_path / "stage1"))
     t = trainer(max_steps=10)
     with pytest.warns(UserWarning, match="returned `None`"):
         t.fit(task, datamodule=pictures())
@@ -98,7 +107,7 @@ def test_compressors_without_training_are_fitted_and_written(
 def test_without_image_losses_nothing_is_decoded(stage0: str, autoencoder: Make, feature_batches: Make, trainer: Make) -> None:
     model = autoencoder()
     model.encoder.setup()
-    task = CompressorTask(stage0, Linear(16, 4), pixel_weight=0.0, optimization=fast)
+    task = stage_1(stage0, Linear(16, 4), pixel_weight=0.0, optimization=fast)
 
     def refuse(*args: Any) -> Tensor:
         raise AssertionError("an image was decoded")
@@ -109,26 +118,26 @@ def test_without_image_losses_nothing_is_decoded(stage0: str, autoencoder: Make,
     trainer(max_steps=20, callbacks=[losses], limit_val_batches=0).fit(task, datamodule=feature_batches(model))
     assert losses.losses[-1] < losses.losses[0]
     with pytest.raises(ConfigError, match="no loss has a weight"):
-        CompressorTask(stage0, Linear(16, 4), pixel_weight=0.0, feature_weight=0.0)
+        stage_1(stage0, Linear(16, 4), pixel_weight=0.0, feature_weight=0.0)
 
 
 def test_another_autoencoder_is_refused(stage0: str, autoencoder: Make, pictures: Make, trainer: Make, tmp_path: Path) -> None:
     t = trainer(max_steps=2)
-    t.fit(CompressorTask(stage0, Linear(16, 4)), datamodule=pictures())
+    t.fit(stage_1(stage0, Linear(16, 4)), datamodule=pictures())
     t.save_checkpoint(tmp_path / "a.ckpt")
     other = str(tmp_path / "other")
-    trainer(max_steps=1).fit(AutoencoderTask(autoencoder(fill=3), artifact=other), datamodule=pictures())
+    trainer(max_steps=1).fit(stage_0(autoencoder(fill=3), artifact=other), datamodule=pictures())
     with pytest.raises(ManifestMismatchError, match="autoencoder"):
-        trainer().test(CompressorTask(other, Linear(16, 4)), datamodule=pictures(), ckpt_path=str(tmp_path / "a.ckpt"), verbose=False)
+        trainer().test(stage_1(other, Linear(16, 4)), datamodule=pictures(), ckpt_path=str(tmp_path / "a.ckpt"), verbose=False)
     with pytest.raises(ConfigError, match=r"compressor\.dim"):
-        trainer().fit(CompressorTask(stage0, Linear(8, 4)), datamodule=pictures())
+        trainer().fit(stage_1(stage0, Linear(8, 4)), datamodule=pictures())
 
 
 def test_unhealthy_codes_are_warned_of_and_all_is_written(stage0: str, pictures: Make, trainer: Make, tmp_path: Path) -> None:
     t = trainer(max_steps=2)
-    t.fit(CompressorTask(stage0, Linear(16, 4)), datamodule=pictures())
+    t.fit(stage_1(stage0, Linear(16, 4)), datamodule=pictures())
     t.save_checkpoint(tmp_path / "a.ckpt")
-    task = CompressorTask(stage0, Linear(16, 4), noise_share_floor=0.999)
+    task = stage_1(stage0, Linear(16, 4), noise_share_floor=0.999)
     with pytest.warns(UserWarning, match="floor 0.999"):
         trainer().test(task, datamodule=pictures(), ckpt_path=str(tmp_path / "a.ckpt"), verbose=False)
     written = json.loads((tmp_path / "metrics.json").read_text())
