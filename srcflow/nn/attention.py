@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from srcflow.errors import ConfigError
 from srcflow.nn.norm import RMSNorm
 from srcflow.nn.rope import rotate
 
+SMALL = 96
+"""Up to so many tokens SDPA's math kernel is faster than its fused one in bfloat16 on CPUs."""
+
 _watch: ContextVar[list[Tensor] | None] = ContextVar("attention_logits", default=None)
+
+
+def favourable_kernel(x: Tensor, tokens: int) -> AbstractContextManager[None]:
+    """A context in which `scaled_dot_product_attention` over `tokens` tokens uses the faster kernel for activations like x."""
+    kind = x.device.type
+    if kind != "cpu" or tokens > SMALL:
+        return nullcontext()
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return sdpa_kernel(SDPBackend.MATH) if dtype == torch.bfloat16 else nullcontext()
 
 
 @contextmanager
@@ -115,9 +128,10 @@ class Attention(nn.Module):
             mask = slots <= at + torch.arange(m, device=x.device)[:, None]
         if (seen := _watch.get()) is not None:
             seen.append(self._largest_logit(q, k, causal=causal, at=at))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and mask is None and m > 1, enable_gqa=self.kv_heads != self.heads
-        )
+        with favourable_kernel(q, k.shape[2]):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal and mask is None and m > 1, enable_gqa=self.kv_heads != self.heads
+            )
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _largest_logit(self, q: Tensor, k: Tensor, *, causal: bool, at: int) -> Tensor:

@@ -53,6 +53,11 @@ def angles(head_dim: int, side: float, grid: Grid, text: int, text_axis: bool, d
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs (2i, 2i+1) of x (B, heads, m, head_dim) by angles given by cos and sin (m, head_dim / 2)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    high, cos, sin = x.to(dtype), cos.to(dtype), sin.to(dtype)
+    if torch.compiler.is_compiling():  # which does not fuse complex numbers
+        swapped = high.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        signed = torch.stack([-sin, sin], dim=-1).flatten(-2)
+        return (high * cos.repeat_interleave(2, dim=-1) + swapped * signed).to(x.dtype)
+    # one complex product: several times as fast in eager mode as strided halves
+    turned = torch.view_as_complex(high.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
