@@ -44,6 +44,7 @@ class ReconstructionTask(Task):
         pixel_kind: mean absolute ("l1") or mean squared ("l2") difference.
         perceptual: a perceptual distance; null: none.
         perceptual_weight: its factor.
+        perceptual_from: optimizer step from which it counts; before it costs nothing.
         adversarial: an adversarial loss (its weight and start steps are its own arguments); null: none.
         discriminator: optimizer of the adversarial loss's heads.
         extractor: judge of the Frechet distance, not the network that makes the features; null: none.
@@ -63,6 +64,7 @@ class ReconstructionTask(Task):
         pixel_kind: Literal["l1", "l2"] = "l1",
         perceptual: Perceptual | None = None,
         perceptual_weight: float = 1.0,
+        perceptual_from: int = 0,
         adversarial: Adversarial | None = None,
         discriminator: Optimization = DEFAULT,
         extractor: Extractor | None = None,
@@ -78,6 +80,8 @@ class ReconstructionTask(Task):
         for name, weight in (("pixel_weight", pixel_weight), ("perceptual_weight", perceptual_weight)):
             if weight < 0:
                 problems.add(ConfigError(name, weight, "a weight is not negative."))
+        if perceptual_from < 0:
+            problems.add(ConfigError("perceptual_from", perceptual_from, "a step is not negative."))
         if pixel_kind not in ("l1", "l2"):
             problems.add(ConfigError("pixel_kind", pixel_kind, "unknown.", 'Write "l1" or "l2".'))
         if statistics_batches is not None and statistics_batches < 1:
@@ -85,6 +89,7 @@ class ReconstructionTask(Task):
         problems.raise_if_any()
         self.noise, self.eval_noise, self.statistics_batches = noise, eval_noise, statistics_batches
         self.pixel_weight, self.pixel_kind, self.perceptual_weight = pixel_weight, pixel_kind, perceptual_weight
+        self.perceptual_from = perceptual_from
         if perceptual is not None and perceptual_weight > 0:
             self.set_outside("perceptual", perceptual)
         self.discriminator: Discriminator | None = None
@@ -183,7 +188,7 @@ class ReconstructionTask(Task):
             pixels = pixel_loss(fake, real, self.pixel_kind)
             self.log(f"train/{self.pixel_kind}", pixels.detach(), prog_bar=True)
             loss = loss + self.pixel_weight * pixels
-        if "perceptual" in self.outside:
+        if "perceptual" in self.outside and self.global_step >= self.perceptual_from:
             distance = cast(Tensor, self.outside["perceptual"](fake, real))
             self.log("train/perceptual", distance.detach(), prog_bar=True)
             loss = loss + self.perceptual_weight * distance
