@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from srcflow.errors import ConfigError, ShapeError
+from srcflow.nn.attention import favourable_kernel
 from srcflow.nn.patchify import pair, unpatchify
 from srcflow.registry import Recorded, preset
 from srcflow.types import Grid
@@ -97,8 +98,9 @@ class ViTDecoder(nn.Module, metaclass=Recorded):
             x = F.interpolate(x, size=self.grid, mode="bilinear", align_corners=False)
             x = x.flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.to(x.dtype).expand(b, -1, -1), x], dim=1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
+        with favourable_kernel(x, x.shape[1]):
+            for block in self.blocks:
+                x = block(x)
         return self.head(self.norm(x))[:, 1:]
 
     def unpatchify(self, patches: Tensor) -> Tensor:
