@@ -55,9 +55,7 @@ def save(
     Raises:
         ArtifactError: `path` exists and is not an artifact.
     """
-    target = Path(path)
-    if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
-        raise ArtifactError(f"{target} exists and is not an artifact; name another directory, or move it away.")
+    target = check_target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(work, ignore_errors=True)
@@ -81,6 +79,18 @@ def save(
         target.rename(old)
     work.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Refuse a place that `save` would refuse, before a run has spent its time; returns the directory.
+
+    Raises:
+        ArtifactError: `path` exists and is not an artifact.
+    """
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
+        raise ArtifactError(f"{target} exists and is not an artifact; name another directory, or move it away.")
     return target
 
 

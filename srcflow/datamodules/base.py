@@ -172,9 +172,10 @@ class DataModule(L.LightningDataModule, ABC):
         return batch
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON-able identity of the data of all configured splits and of what is done to the pixels."""
-        configured = [s for s in SPLITS if self.place(s) is not None]
-        return {"class": type(self).__name__, "num_classes": self.num_classes, **{s: self.describe(s) for s in configured}}
+        """JSON-able identity of the data in use and of what is done to the pixels: of the splits opened so far, or else of all."""
+        opened = {split for split, _ in self._opened}
+        used = [s for s in SPLITS if self.place(s) is not None and (s in opened or not opened)]
+        return {"class": type(self).__name__, "num_classes": self.num_classes, **{s: self.describe(s) for s in used}}
 
     def check(self, expected: Mapping[str, Any]) -> None:
         """Refuse data that do not belong to a run; only stored features can disagree with one (see `FeatureStore.check`)."""

@@ -156,6 +156,12 @@ def test_the_place_of_the_data_is_no_part_of_the_fingerprint(kind: str, place: P
     assert make(kind, place).fingerprint() != make(kind, place, num_classes=0).fingerprint()
 
 
+def test_a_fit_needs_no_test_data(place: Path) -> None:
+    data = ImageFolder(str(place / "folder" / "train"), str(place / "folder" / "val"), str(place / "nowhere"), size=8, batch_size=4)
+    data.setup("fit")
+    assert set(data.fingerprint()) == {"class", "num_classes", "train", "val"}
+
+
 def test_without_labels(place: Path) -> None:
     for kind in ("folder", "map", "store"):
         data = make(kind, place, num_classes=0)

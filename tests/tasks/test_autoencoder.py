@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from srcflow import artifacts
@@ -276,6 +277,22 @@ def test_settings_that_cannot_work_are_refused(autoencoder: Make, pictures: Make
         trainer().validate(stage_0(autoencoder(), extractor=EncoderFeatures(encoder(16, 0))), datamodule=pictures(), verbose=False)
     with pytest.raises(ConfigError, match="weights"):
         stage_0(autoencoder(), weights="swa")
+
+
+def test_an_unusable_place_of_the_artifact_is_refused_before_training(
+    autoencoder: Make, pictures: Make, trainer: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("")
+    with pytest.raises(ArtifactError, match="is not an artifact"):
+        trainer().fit(stage_0(autoencoder(), artifact=str(tmp_path / "notes")), datamodule=pictures())
+    checkpoints = ModelCheckpoint(str(tmp_path / "run" / "checkpoints"))
+    with pytest.raises(ConfigError, match=r"the run writes .*checkpoints into it"):
+        trainer(enable_checkpointing=True, callbacks=[checkpoints]).fit(
+            stage_0(autoencoder(), artifact=str(tmp_path / "run")), datamodule=pictures()
+        )
+    (tmp_path / "empty").mkdir()
+    trainer(max_steps=1).fit(stage_0(autoencoder(), artifact=str(tmp_path / "empty")), datamodule=pictures())
 
 
 def test_mixed_precision_keeps_float32_weights(autoencoder: Make, pictures: Make, trainer: Make) -> None:
