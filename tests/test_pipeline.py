@@ -1,0 +1,144 @@
+"""The chain behind one object: what it computes, what it refuses, and that it survives being saved and moved."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from srcflow import Condition, Pipeline, artifacts
+from srcflow.autoencoders.pixels import PixelPatches
+from srcflow.autoencoders.representation import RepresentationAutoencoder
+from srcflow.autoencoders.vit_decoder import ViTDecoder
+from srcflow.compressors.semantic import Semantic
+from srcflow.encoders.timm_vit import TimmViT
+from srcflow.errors import ConfigError, ManifestMismatchError, ShapeError
+from srcflow.flows import presets
+from srcflow.guidance.gaussian import Gaussian
+from srcflow.noise import Constant
+from srcflow.testing import perturb
+
+SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+
+
+def make(num_classes: int = 3) -> Pipeline:
+    torch.manual_seed(0)
+    encoder = TimmViT("vit_tiny_patch16_224", image_size=32, weights=None, timm_args=SMALL)
+    autoencoder = RepresentationAutoencoder(encoder, ViTDecoder(32, 32, 1, 2, 64, patch=8, grid=2))
+    g = torch.Generator().manual_seed(1)
+    autoencoder.set_statistics(torch.randn(4, 32, generator=g) * 0.1, torch.rand(4, 32, generator=g) + 0.5)
+    compressor = perturb(Semantic(32, 4, width=32, layers=1, head_dim=16, grid=2))
+    flow = perturb(presets.srcflow(2, 4, 32, [1, 2], num_classes=num_classes, head_dim=16))
+    return Pipeline(autoencoder, compressor, flow)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return make()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+
+
+def test_encode_follows_the_chain(pipeline: Pipeline, images: torch.Tensor) -> None:
+    codes = pipeline.encode(images)
+    raw, grid = pipeline.autoencoder.features(images.float() / 255)
+    expected = pipeline.compressor.compress(pipeline.autoencoder.normalize(raw), grid)
+    assert torch.equal(codes, expected)
+    assert codes.shape == (4, *pipeline.code_shape)
+    assert torch.equal(pipeline.encode(images.float() / 255), codes)
+    assert pipeline.decode(codes).shape == (4, 3, 16, 16)
+
+
+def test_noise_is_keyed_by_sample_not_by_batch(pipeline: Pipeline, images: torch.Tensor) -> None:
+    whole = pipeline.encode(images, noise=Constant(0.4), seed=1, indices=[5, 6, 7, 8])
+    part = pipeline.encode(images[2:], noise=Constant(0.4), seed=1, indices=[7, 8])
+    torch.testing.assert_close(whole[2:], part)
+    assert not torch.allclose(whole, pipeline.encode(images, noise=Constant(0.4), seed=2, indices=[5, 6, 7, 8]))
+
+
+def test_samples_may_be_made_in_parts(pipeline: Pipeline) -> None:
+    labels = Condition(labels=torch.tensor([0, 1, 2, -1]))
+    whole = pipeline.sample(labels, seed=3, guidance=Gaussian(1.0))
+    part = pipeline.sample(labels.index(slice(2, 4)), seed=3, indices=[2, 3], guidance=Gaussian(1.0))
+    torch.testing.assert_close(whole[2:], part, atol=1e-5, rtol=0)
+    assert float(whole.min()) >= 0
+    assert float(whole.max()) <= 1
+    assert pipeline.sample(2, seed=0).shape == (2, 3, 16, 16)
+    assert not torch.allclose(whole, pipeline.sample(labels, seed=3))
+
+
+def test_log_prob_is_the_mean_over_draws(pipeline: Pipeline, images: torch.Tensor) -> None:
+    labels = Condition(labels=torch.tensor([0, 1, 2, 0]))
+    assert pipeline.flow is not None
+    expected = torch.stack(
+        [pipeline.flow.log_prob(pipeline.encode(images, noise=Constant(0.4), seed=1, draw_number=k), labels) for k in range(3)]
+    ).mean(0)
+    torch.testing.assert_close(pipeline.log_prob(images, labels, noise=Constant(0.4), draws=3, seed=1), expected)
+
+
+def test_classify_is_bayes_rule(pipeline: Pipeline, images: torch.Tensor) -> None:
+    found = pipeline.classify(images, noise=Constant(0.4), draws=2, seed=1)
+    each = [pipeline.log_prob(images, Condition(labels=torch.full((4,), y)), noise=Constant(0.4), draws=2, seed=1) for y in range(3)]
+    torch.testing.assert_close(found, torch.stack(each, 1).log_softmax(1), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match="class-conditional"):
+        make(num_classes=0).classify(images, noise=None)
+
+
+def test_interpolation_ends_at_its_ends(pipeline: Pipeline, images: torch.Tensor) -> None:
+    frames = pipeline.interpolate(images[:2], images[2:], 5)
+    assert frames.shape == (2, 5, 3, 16, 16)
+    torch.testing.assert_close(frames[:, 0], pipeline.reconstruct(images[:2]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(frames[:, -1], pipeline.reconstruct(images[2:]), atol=1e-3, rtol=0)
+    assert not torch.allclose(frames[:, 2], frames[:, 0], atol=1e-3)
+
+
+def test_pixels_have_a_density_that_integrates_over_grey_levels() -> None:
+    autoencoder = PixelPatches(2, 2)
+    pipeline = Pipeline(autoencoder, flow=presets.tarflow(1, 12, 32, 1, 1, head_dim=16))
+    image = torch.randint(0, 256, (1, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes = pipeline.encode(image, noise=autoencoder.default_noise(), seed=0)
+    expected = (-0.5 * codes.square() - 0.5 * math.log(2 * math.pi)).sum()  # a fresh flow is the identity
+    torch.testing.assert_close(pipeline.log_prob(image, noise=autoencoder.default_noise(), seed=0)[0], expected)
+    assert torch.equal((pipeline.decode(codes) * 255).round().to(torch.uint8), image)
+
+
+def test_saved_moved_and_loaded_it_gives_bit_equal_samples(tmp_path: Path, pipeline: Pipeline) -> None:
+    labels = Condition(labels=torch.tensor([0, 1, 2]))
+    before = pipeline.sample(labels, seed=0, guidance=Gaussian(1.0))
+    path = pipeline.save_pretrained(tmp_path / "bundle")
+    path.rename(tmp_path / "moved")
+    again = Pipeline.from_pretrained(tmp_path / "moved")
+    assert torch.equal(again.sample(labels, seed=0, guidance=Gaussian(1.0)), before)
+    again.save_pretrained(tmp_path / "moved")  # onto itself
+    assert torch.equal(Pipeline.from_pretrained(tmp_path / "moved").sample(labels, seed=0, guidance=Gaussian(1.0)), before)
+
+
+def test_a_tampered_bundle_is_refused(tmp_path: Path, pipeline: Pipeline) -> None:
+    path = pipeline.save_pretrained(tmp_path / "bundle")
+    artifacts.save(path / "flow", perturb(presets.srcflow(2, 4, 32, [1, 2], num_classes=3, head_dim=16), seed=9))
+    with pytest.raises(ManifestMismatchError, match="changed or damaged"):
+        Pipeline.from_pretrained(path)
+
+
+def test_parts_that_do_not_fit_are_named(pipeline: Pipeline, images: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"flow.channels = 5.*code_dim = 4"):
+        Pipeline(pipeline.autoencoder, pipeline.compressor, presets.srcflow(2, 5, 32, [1], num_classes=0, head_dim=16))
+    with pytest.raises(ConfigError, match=r"compressor.dim = 8.*dim = 32"):
+        Pipeline(pipeline.autoencoder, Semantic(8, 4, width=32, layers=1, head_dim=16, grid=2))
+    with pytest.raises(ConfigError, match="codec without a flow"):
+        Pipeline(pipeline.autoencoder, pipeline.compressor).sample(2, seed=0)
+    with pytest.raises(ShapeError, match="3 indices for 4"):
+        pipeline.encode(images, noise=Constant(0.4), indices=[1, 2, 3])
+    with pytest.raises(ShapeError, match=r"\(B, 3, H, W\)"):
+        pipeline.encode(images[:, :1])
+
+
+def test_an_unfitted_autoencoder_is_refused() -> None:
+    encoder = TimmViT("vit_tiny_patch16_224", image_size=32, weights=None, timm_args=SMALL)
+    with pytest.raises(ConfigError, match="statistics were never fitted"):
+        Pipeline(RepresentationAutoencoder(encoder, ViTDecoder(32, 32, 1, 2, 64, patch=8, grid=2)))
