@@ -1,7 +1,7 @@
 """Numbers that must not drift: a gradient, one AdamW step, and the loss curve of 200 steps of a tiny flow on fixed seeds.
 
-They were written by `python tests/flows/test_regression.py` and change only with a deliberate change of the model or its training. All inputs
-come from srcflow's keyed generators, the initial weights too, so that nothing rests on torch's own random numbers.
+They were written by `python tests/flows/test_regression.py` and change only with a deliberate change of the model or its training. All
+inputs come from srcflow's keyed generators, the initial weights too, so that nothing rests on torch's own random numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def one_step() -> dict[str, list[float]]:
     nll_per_dim(model(x.double(), condition)).mean().backward()
     gradients = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
     optimizer.step()
-    return {"gradients": gradients, "changes": [float((p - b).norm()) for p, b in zip(model.parameters(), before, strict=True)]}
+    return {"gradients": gradients, "changes": [float((p.detach() - b).norm()) for p, b in zip(model.parameters(), before, strict=True)]}
 
 
 def curve() -> list[float]:
