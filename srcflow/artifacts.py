@@ -178,7 +178,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 def reference(path: str | os.PathLike[str], *, start: str | os.PathLike[str]) -> dict[str, str]:
-    """What to put under manifest["built_on"][role]: the artifact's path relative to `start` (the new artifact) and its hash."""
+    """What to put under `manifest["built_on"][role]`: the artifact's path relative to `start` (the new artifact) and its hash."""
     return {"path": os.path.relpath(Path(path).resolve(), Path(start).resolve()), "hash": content_hash(path)}
 
 

@@ -253,12 +253,14 @@ class Pipeline:
         """Images (B, steps, 3, H, W) on the great circle between the noise of two images (B, 3, H, W) each.
 
         Args:
-            first, second: the end points.
+            first: one end point.
+            second: the other.
             steps: number of images, end points included, at least 2.
             condition: of both ends and of everything between them.
             noise: added to the features before they are encoded; a flow trained under noise wants its own level here.
             seed: of the noise.
-            guidance, solver: as `sample`; guidance moves the end points, too.
+            guidance: as `sample`; it moves the end points, too.
+            solver: as `sample`.
         """
         if steps < 2:
             raise ConfigError("steps", steps, "an interpolation has at least its two end points.")
