@@ -26,6 +26,7 @@ from srcflow.statistics import Moments
 from srcflow.tasks.base import Task, Weights
 from srcflow.tasks.flow_evaluation import STANDARD, Evaluation, FlowEvaluator
 from srcflow.tasks.optimization import DEFAULT, Optimization
+from srcflow.tasks.reconstruction import check_judge
 from srcflow.types import NULL_LABEL, Batch, BlockOutput, Condition, FlowOutput
 
 
@@ -134,8 +135,9 @@ class FlowTask(Task):
                     "Make them equal; 0 for an unconditional flow.",
                 )
             )
-        with problems.collect():
-            self.evaluation.check(autoencoder)
+        if self.evaluation.extractor is not None:
+            with problems.collect():
+                check_judge(self.evaluation.extractor, autoencoder)
         problems.raise_if_any()
         if stage == "test" and self.evaluation.extractor is not None and "extractor" not in self.outside:
             self.evaluation.extractor.setup()
@@ -232,7 +234,7 @@ class FlowTask(Task):
         self.flow.update_prior(z)
         self.log("train/nll", nll.detach(), prog_bar=True)
         self.log_dict({"train/prior": prior.detach(), "train/logdet": -volume.detach()})
-        if self.trainer._logger_connector.should_update_logs:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.log_dict(self._block_statistics(outputs, "train"))
         return loss
 

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from srcflow import randomness
-from srcflow.autoencoders.base import Autoencoder
 from srcflow.errors import ConfigError, DataError, Problems
 from srcflow.metrics.features.base import Extractor
 from srcflow.metrics.frechet import FrechetDistance, sized_name
@@ -65,25 +64,6 @@ class Evaluation:
         if self.labels not in ("equal", "random"):
             problems.add(ConfigError("evaluation.labels", self.labels, "unknown.", 'Write "equal" or "random".'))
         problems.raise_if_any()
-
-    def check(self, autoencoder: Autoencoder) -> None:
-        """Refuse to judge codes by the network that made them.
-
-        Raises:
-            ConfigError: the extractor holds the autoencoder's own encoder.
-        """
-        encoder, judge = getattr(autoencoder, "encoder", None), getattr(self.extractor, "encoder", None)
-        judge = getattr(judge, "module", judge)
-        if encoder is None or judge is None or type(encoder) is not type(judge):
-            return
-        settings = [{k: v for k, v in spec_of(e)["init_args"].items() if k not in ("image_size", "weights")} for e in (encoder, judge)]
-        if settings[0] == settings[1]:
-            raise ConfigError(
-                "evaluation.extractor",
-                self.extractor.name if self.extractor is not None else None,
-                "is the network that made the codes, which would flatter them.",
-                "Judge with another network or size.",
-            )
 
 
 STANDARD = Evaluation()

@@ -309,12 +309,17 @@ class ReconstructionTask(Task):
 
 
 def check_judge(extractor: Extractor, codec: Autoencoder) -> None:
-    """Refuse a judge that is the network whose features are judged.
+    """Refuse a judge that is the network whose features are judged, at whatever image size.
 
     Raises:
         ConfigError: it is.
     """
     held, encoder = getattr(extractor, "encoder", None), getattr(codec, "encoder", None)
     judge = getattr(held, "module", held)
-    if judge is not None and encoder is not None and spec_of(judge) == spec_of(encoder):
-        raise ConfigError("extractor", extractor.name, "made the features that it would judge.", "Name another network.")
+    if encoder is None or judge is None or type(encoder) is not type(judge):
+        return
+    networks = [{k: v for k, v in spec_of(e)["init_args"].items() if k not in ("image_size", "weights")} for e in (encoder, judge)]
+    if networks[0] == networks[1]:
+        raise ConfigError(
+            "extractor", extractor.name, "made the features that it would judge.", "Name another network or another of its sizes."
+        )

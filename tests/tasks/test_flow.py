@@ -254,9 +254,10 @@ def test_judging_codes_by_their_own_encoder_is_refused() -> None:
     from srcflow.autoencoders.vit_decoder import ViTDecoder
     from srcflow.encoders.efficientnet_lite import EfficientNetLite
     from srcflow.metrics.features.encoder import EncoderFeatures
+    from srcflow.tasks.reconstruction import check_judge
 
     encoder = EfficientNetLite("lite0", image_size=64)
     autoencoder = RepresentationAutoencoder(encoder, ViTDecoder(encoder.dim, 32, 1, 2, 64, patch=2, grid=4))
-    with pytest.raises(ConfigError, match="made the codes"):
-        Evaluation(extractor=EncoderFeatures(EfficientNetLite("lite0", image_size=96))).check(autoencoder)
-    Evaluation(extractor=EncoderFeatures(EfficientNetLite("lite1", image_size=64))).check(autoencoder)
+    with pytest.raises(ConfigError, match="made the features"):
+        check_judge(EncoderFeatures(EfficientNetLite("lite0", image_size=96)), autoencoder)
+    check_judge(EncoderFeatures(EfficientNetLite("lite1", image_size=64)), autoencoder)
