@@ -234,7 +234,7 @@ class FlowTask(Task):
         self.flow.update_prior(z)
         self.log("train/nll", nll.detach(), prog_bar=True)
         self.log_dict({"train/prior": prior.detach(), "train/logdet": -volume.detach()})
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
             self.log_dict(self._block_statistics(outputs, "train"))
         return loss
 

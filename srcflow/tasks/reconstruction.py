@@ -320,6 +320,4 @@ def check_judge(extractor: Extractor, codec: Autoencoder) -> None:
         return
     networks = [{k: v for k, v in spec_of(e)["init_args"].items() if k not in ("image_size", "weights")} for e in (encoder, judge)]
     if networks[0] == networks[1]:
-        raise ConfigError(
-            "extractor", extractor.name, "made the features that it would judge.", "Name another network or another of its sizes."
-        )
+        raise ConfigError("extractor", extractor.name, "made the features that it would judge.", "Name another network or size.")
