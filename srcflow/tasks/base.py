@@ -31,6 +31,7 @@ from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
 from srcflow.registry import build, spec_of
 from srcflow.tasks.optimization import DEFAULT, Optimization
+from srcflow.tasks.report import table, write_metrics
 from srcflow.types import Batch, Grid
 
 M = TypeVar("M", bound=nn.Module)
@@ -411,6 +412,16 @@ class Task(L.LightningModule):
             "command": " ".join(sys.argv),
             **more,
         }
+
+    def report(self, numbers: Mapping[str, Any], protocol: Mapping[str, Any], title: str) -> None:
+        """Write metrics.json, hand the numbers to the loggers as `test/...`, and print the one table of a test; on rank zero only."""
+        if not self.trainer.is_global_zero:
+            return
+        path = write_metrics(self.metrics_path(), numbers, protocol)
+        scalars = {f"test/{k}": float(v) for k, v in numbers.items() if isinstance(v, int | float)}
+        for logger in self.loggers:
+            logger.log_metrics(scalars, step=self.global_step)
+        print(f"{table(numbers, title)}\n  {path}")
 
     def metrics_path(self) -> Path:
         """Where the numbers of a test go."""

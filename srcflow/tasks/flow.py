@@ -300,9 +300,8 @@ class FlowTask(Task):
         self._evaluator.update(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Finish the evaluation, print the table and write metrics.json."""
-        numbers = self._evaluator.finish()
-        self.log_dict({f"test/{k}": float(v) for k, v in numbers.items() if isinstance(v, int | float)}, rank_zero_only=True)
+        """Finish the evaluation and report the numbers."""
+        self._evaluator.finish()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Per image: `indices`, `nll` (B,) in nats per dimension, and `log_probs` (B, classes) of the classes given the image, if any."""

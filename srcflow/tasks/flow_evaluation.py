@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from tqdm import tqdm
 
 from srcflow import randomness
 from srcflow.errors import ConfigError, DataError, Problems
@@ -18,7 +18,6 @@ from srcflow.metrics.frechet import FrechetDistance, sized_name
 from srcflow.metrics.likelihood import GaussianBaseline, bits_per_dim
 from srcflow.metrics.reconstruction import ReconstructionMetrics
 from srcflow.registry import spec_of
-from srcflow.tasks.report import table, write_metrics
 from srcflow.types import Batch, Condition
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ class FlowEvaluator:
     # --- after it ----------------------------------------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
-        """Sample, compare, print the table and write metrics.json; returns the numbers."""
+        """Sample, compare and report; returns the numbers."""
         numbers: dict[str, Any] = {"nll": self._mean("nll")}
         numbers["nll_prior"] = numbers["nll"] + self._mean("logdet")
         numbers["nll_logdet"] = -self._mean("logdet")
@@ -162,11 +161,8 @@ class FlowEvaluator:
         if bool(self._compared.any()):
             numbers.update(self._compare_samples())
         protocol = self._protocol()
-        if self.task.trainer.is_global_zero:
-            path = self.task.metrics_path()
-            write_metrics(path, numbers, protocol)
-            print(table(numbers, f"{type(self.task).__name__}: {self.settings.samples} samples, judged by {protocol['extractor']}"))
-            rank_zero_info(f"Wrote {path}.")
+        judge = f", distances judged by {protocol['extractor']}" if protocol["extractor"] else ""
+        self.task.report(numbers, protocol, f"{type(self.task).__name__}: {self._total} test images{judge} ({protocol['weights']} weights)")
         return numbers
 
     def _compare_samples(self) -> dict[str, Any]:
@@ -174,18 +170,18 @@ class FlowEvaluator:
         n = self.settings.samples
         labels = self._labels(n)
         batch = self._batch_size()
-        start = time.perf_counter()
-        done = 0
-        for lo in range(rank * batch, n, world * batch):
+        done, seconds = 0, 0.0
+        for lo in tqdm(range(rank * batch, n, world * batch), desc="sample", unit="batch", disable=rank > 0, mininterval=1.0):
             indices = torch.arange(lo, min(lo + batch, n))
-            images = self._sample(indices, None if labels is None else labels[indices])
+            start = time.perf_counter()
+            images = self._sample(indices, None if labels is None else labels[indices]).cpu()
+            seconds += time.perf_counter() - start
             done += len(indices)
+            images = images.to(self.task.device)
             features = self._features(images)
             self._distance("gfid").update(features)
             self._distance("fd_decoded").update(features)
-            rank_zero_info(f"sampled {min(lo + world * batch, n)} of {n}")
-        seconds = time.perf_counter() - start
-        numbers: dict[str, Any] = {"images_per_second": done * world / seconds}
+        numbers: dict[str, Any] = {"images_per_second": world * done / seconds}
         if self.settings.floor:
             self._compare_training_images(_share(int(self._compared.sum()), rank, world))
         else:

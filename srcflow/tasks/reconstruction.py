@@ -23,7 +23,6 @@ from srcflow.registry import spec_of
 from srcflow.tasks.base import Task, Weights
 from srcflow.tasks.discriminator import Discriminator
 from srcflow.tasks.optimization import DEFAULT, Optimization
-from srcflow.tasks.report import table, write_metrics
 from srcflow.types import Batch, Grid
 
 STATE = "discriminator"
@@ -283,18 +282,14 @@ class ReconstructionTask(Task):
         self.log_dict({f"val/{k}": v for k, v in found.items()}, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
-        """Log the results, print them as a table and write metrics.json."""
+        """Report the numbers."""
         found, count = self.numbers()
-        self.log_dict({f"test/{k}": v for k, v in found.items()}, sync_dist=True)
-        if self.trainer.is_global_zero:
-            protocol = self.protocol(
-                images=count,
-                extractor=self.extractor.name if self.extractor is not None else None,
-                noise=spec_of(self.eval_noise) if self.eval_noise is not None else None,
-            )
-            path = write_metrics(self.metrics_path(), found, protocol)
-            title = f"{type(self).__name__}: reconstruction of {count} images ({protocol['weights']} weights)"
-            print(table(found, title) + f"\n  {path}")
+        protocol = self.protocol(
+            images=count,
+            extractor=self.extractor.name if self.extractor is not None else None,
+            noise=spec_of(self.eval_noise) if self.eval_noise is not None else None,
+        )
+        self.report(found, protocol, f"{type(self).__name__}: reconstruction of {count} images ({protocol['weights']} weights)")
 
     @torch.no_grad()
     def reconstruction_images(self, batch: Batch, limit: int) -> dict[str, Tensor]:
