@@ -34,7 +34,7 @@ class Perceptual(nn.Module, metaclass=Recorded):
         """
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """The distance, averaged over the batch.
+        """The distance, averaged over the batch; computed in the network's own dtype, whatever the autocast.
 
         Args:
             pred: (B, 3, H, W), nominally in [0, 1], not clamped; receives gradients.
@@ -48,7 +48,9 @@ class Perceptual(nn.Module, metaclass=Recorded):
         """
         if pred.shape != target.shape or pred.ndim != 4 or pred.shape[1] != 3:
             raise ShapeError(f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}; both must be the same (B, 3, H, W).")
-        return self.distance(pred, target).mean()
+        with torch.autocast(pred.device.type, enabled=False):
+            dtype = torch.promote_types(pred.dtype, torch.float32)
+            return self.distance(pred.to(dtype), target.to(dtype)).mean()
 
     @abstractmethod
     def distance(self, pred: Tensor, target: Tensor) -> Tensor:
