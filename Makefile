@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard tests/plugins/*/pyproject.toml))
 # two test processes of one thread each are faster than two threads that wait for each other
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2
+# the test distributions live beside the environment's packages, so that the broken one is not reported to whoever runs the demo
+PYTEST := $(ONE_THREAD) PYTHONPATH="$(CURDIR)/$(VENV)/plugins" $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help install demo test test-slow lint types docs bench clean
 
@@ -44,7 +45,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy --strict srcflow
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev
 	$(BIN)/python tools/bench.py
@@ -74,7 +75,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/.python
 $(VENV)/.dev: pyproject.toml $(addsuffix /pyproject.toml,$(PLUGINS)) | $(VENV)/.python
 	@echo "Installing srcflow[dev,demo,fid] into $(VENV); torch is large, so the first time takes minutes"
 	@$(PIP) --editable ".[dev,demo,fid]"
-	@$(if $(PLUGINS),$(PIP) --no-deps $(addprefix --editable ./,$(PLUGINS)))
+	@$(if $(PLUGINS),$(PIP) --no-deps --upgrade --target $(VENV)/plugins $(addprefix ./,$(PLUGINS)))
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.python
