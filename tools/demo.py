@@ -152,7 +152,7 @@ def summary(times: dict[str, float], total: float, precision: str) -> None:
         ("L1 of reconstructions, RAE", rae["l1"], "", None),
         ("L1 of reconstructions, RAE + SRC", src["l1"], "at most 1.1 x the RAE's", src["l1"] <= 1.1 * rae["l1"]),
         ("FD floor: 2,000 training / test images", flow["floor_2k"], "", None),
-        ("rFID of RAE", rae["rfid_2000"] if "rfid_2000" in rae else rae["rfid_2k"], "", None),
+        ("rFID of RAE", rae["rfid_2k"], "", None),
         ("rFID of RAE + SRC", flow["rfid_2k"], "below 3 x the floor", flow["rfid_2k"] < 3 * flow["floor_2k"]),
         ("rFID of RAE + SRC at the flow's noise", flow["rfid_noisy_2k"], "", None),
         ("gFID of 2,000 samples", flow["gfid_2k"], "", None),
