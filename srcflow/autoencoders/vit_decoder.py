@@ -64,6 +64,10 @@ class ViTDecoder(nn.Module, metaclass=Recorded):
         )
         self.norm = norm(dim)
         self.head = nn.Linear(dim, patch * patch * channels)
+        with torch.no_grad():  # a fresh head draws grey: channels that start apart stay noisy where images have no colour
+            for t in (self.head.weight, self.head.bias):
+                by_channel = t.unflatten(0, (patch * patch, channels))
+                by_channel.copy_(by_channel[:, :1].expand_as(by_channel).clone())
 
     pos_embed: Tensor
 
