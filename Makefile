@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard tests/plugins/*/pyproject.toml))
 # two test processes of one thread each are faster than two threads that wait for each other
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-# the test distributions live beside the environment's packages, so that the broken one is not reported to whoever runs the demo
-PYTEST := $(ONE_THREAD) PYTHONPATH="$(CURDIR)/$(VENV)/plugins" $(BIN)/python -m pytest -n 2 --dist loadfile
+# files stay together: the tests of one share what they build
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help install demo test test-slow lint types docs bench clean
 
@@ -71,8 +71,9 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/.python
 	@$(PIP) --editable ".[demo]"
 	@touch $@
 
-# holds the demo's extra as well, since tests compare with its weights
-$(VENV)/.dev: pyproject.toml $(addsuffix /pyproject.toml,$(PLUGINS)) | $(VENV)/.python
+# Holds the demo's extra as well, since tests compare with its weights. The test distributions go beside the environment's packages
+# (tests/conftest.py finds them there), so that the broken one is not reported to whoever runs the demo afterwards.
+$(VENV)/.dev: pyproject.toml $(addsuffix /pyproject.toml,$(PLUGINS)) $(wildcard tests/plugins/*/*/*.py) | $(VENV)/.python
 	@echo "Installing srcflow[dev,demo,fid] into $(VENV); torch is large, so the first time takes minutes"
 	@$(PIP) --editable ".[dev,demo,fid]"
 	@$(if $(PLUGINS),$(PIP) --no-deps --upgrade --target $(VENV)/plugins $(addprefix ./,$(PLUGINS)))

@@ -122,6 +122,11 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> 
     Raises:
         ArtifactError: lists every key that does not fit.
     """
+    for prefix, part in module.named_modules():
+        prepare = getattr(part, "prepare_state", None)
+        if prepare is not None:  # a part whose optional tensors are in the file makes room for them
+            start = f"{prefix}." if prefix else ""
+            prepare({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
     own = module.state_dict()
     lines = [f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
     lines += [

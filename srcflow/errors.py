@@ -74,6 +74,18 @@ class ProblemsError(SrcflowError, ValueError):
         super().__init__(f"{len(problems)} problems:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1)))
 
 
+def one_of(key: str, value: str, known: Iterable[str]) -> str:
+    """`value`, if it is among `known`.
+
+    Raises:
+        ConfigError: it is not; lists what is known.
+    """
+    names = list(known)
+    if value not in names:
+        raise ConfigError(key, value, "unknown.", f"Known: {', '.join(names)}.")
+    return value
+
+
 class Problems:
     """Collects errors so that a user sees all of them at once.
 

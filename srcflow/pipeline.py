@@ -28,7 +28,7 @@ from srcflow.flows.flow import Flow
 from srcflow.guidance.base import Guidance
 from srcflow.noise import Noise, draw
 from srcflow.solvers.base import Solver
-from srcflow.types import Condition, FlowOutput, Grid
+from srcflow.types import Condition, Grid
 
 PARTS = {"autoencoder": Autoencoder, "compressor": Compressor, "flow": Flow}
 BUNDLE = "pipeline"
@@ -37,7 +37,7 @@ BUNDLE = "pipeline"
 class Pipeline:
     """Autoencoder, compressor and flow, in eval mode.
 
-    >>> pipeline = Pipeline.from_pretrained("runs/demo/flow")        # doctest: +SKIP
+    >>> pipeline = Pipeline.from_pretrained("runs/demo/flow/artifact")        # doctest: +SKIP
     >>> images = pipeline.sample(Condition(labels=torch.arange(10)), seed=0)   # (10, 3, H, W) in [0, 1]   # doctest: +SKIP
 
     Args:
@@ -173,6 +173,7 @@ class Pipeline:
     ) -> Tensor:
         """Codes (B, N, d) drawn from the flow; arguments as `sample`."""
         flow = self._flow()
+        load_negative(guidance, self.device)
         n = condition if isinstance(condition, int) else len(condition)
         z = randomness.normal(self.code_shape, seed=seed, purpose="sample", step=0, indices=self._indices(indices, n)).to(self.device)
         if flow.learn_prior:
@@ -274,11 +275,6 @@ class Pipeline:
             frames.append(self.decode(flow.inverse(z.reshape(-1, *self.code_shape), condition, guidance=guidance, solver=solver)))
         return torch.stack(frames, dim=1)
 
-    @torch.no_grad()
-    def to_noise(self, codes: Tensor, condition: Condition | None = None) -> FlowOutput:
-        """The flow's noise z (B, N, d) and log-determinant (B,) of codes (B, N, d)."""
-        return self._flow()(codes, condition)
-
     # --- directories -----------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -361,6 +357,19 @@ class Pipeline:
         return indices
 
 
+def load_negative(guidance: Guidance | None, device: torch.device | str) -> None:
+    """Load the negative flow that a guidance rule names by its directory, and bring it to the device of the positive one.
+
+    Raises:
+        ArtifactError: there is no flow at that place.
+    """
+    if guidance is None or guidance.negative.flow is None:
+        return
+    if isinstance(guidance.negative.flow, str):
+        guidance.negative.flow = artifacts.load(locate(guidance.negative.flow)["flow"], Flow)
+    guidance.negative.flow.to(device)
+
+
 def check_chain(autoencoder: Autoencoder, compressor: Compressor, flow: Flow | None) -> None:
     """Refuse parts that do not fit together.
 
@@ -375,7 +384,7 @@ def check_chain(autoencoder: Autoencoder, compressor: Compressor, flow: Flow | N
         return
     if flow.channels != channels:
         raise ConfigError("flow.channels", flow.channels, f"the compressor's codes have code_dim = {channels}.")
-    if flow.grid[0] * flow.grid[1] != tokens:
+    if tokens != rows * columns or tuple(flow.grid) != (rows, columns):
         raise ConfigError("flow.grid", flow.grid, f"the autoencoder's grid is {autoencoder.grid}: {tokens} tokens.")
 
 

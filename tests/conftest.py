@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import socket
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,12 @@ import numpy as np
 import torch
 
 from srcflow import registry
+
+# `make test` installs the plug-in distributions of tests/plugins here, beside the environment's own packages
+PLUGINS = Path(__file__).parents[1] / ".venv" / "plugins"
+if PLUGINS.is_dir():
+    sys.path.insert(0, str(PLUGINS))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PLUGINS), os.environ.get("PYTHONPATH")]))
 
 collect_ignore = ["plugins"]  # distributions of their own, not tests
 

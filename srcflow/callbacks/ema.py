@@ -108,12 +108,12 @@ class EMA(L.Callback):
                 self.swap_out(pl_module)
 
     def weights(self, pl_module: L.LightningModule, kind: Literal["ema", "raw"]) -> dict[str, Tensor]:
-        """Copies of the averaged or the trained values of the trainable parameters, by name; gathered where sharded (on every rank)."""
+        """CPU copies of the averaged or trained values of the trainable parameters; gathered where sharded (call on every rank)."""
         if kind == "ema" and self._shadow:
             source: Mapping[str, Tensor] = self._shadow
         else:
             source = self._backup if self._backup is not None else trained(pl_module)
-        return {k: full(v).clone() for k, v in source.items()}
+        return {k: full(v).to("cpu", copy=True) for k, v in source.items()}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the average, unless the task's `weights` says "raw"."""
@@ -171,20 +171,32 @@ class EMA(L.Callback):
             return
         state: dict[str, Tensor] = checkpoint.get("state_dict", {})
         present = self._backup if self._backup is not None else trained(pl_module)
-        raw = {k: full(v) for k, v in present.items()}  # a sharded checkpoint keeps what is no state_dict in rank zero's file
         sharded = any(isinstance(v, DTensor) for v in state.values())
-        averaged = self._shadow if sharded else self.weights(pl_module, "ema")
-        if state:
+        # a sharded checkpoint keeps what is no state_dict in rank zero's file; one parameter at a time, so that no GPU holds them all again
+        keep = bool(state) and (sharded or pl_module.trainer.is_global_zero)
+        raw = _on_host(present, keep)
+        averaged = self._shadow if sharded else _on_host(self._shadow, keep)
+        if keep:
             for name, owner in aliases(pl_module).items():
                 if name in state:
                     state[name] = averaged[owner].to(state[name].dtype)
-            checkpoint[RAW_STATE] = {k: v.clone() for k, v in raw.items()}
+            checkpoint[RAW_STATE] = raw
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep both sets of weights until the training starts."""
         if trainer.state.fn == "fit" and RAW_STATE in checkpoint:
             raw = checkpoint[RAW_STATE]
             self._restored = {"raw": raw, "ema": {k: v for k, v in checkpoint.get("state_dict", {}).items() if k in raw}}
+
+
+def _on_host(values: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """CPU copies of values, gathered one after another on every rank, kept only if wanted on this one."""
+    found = {}
+    for k, v in values.items():
+        whole = full(v)
+        if keep:
+            found[k] = whole.to("cpu", copy=True)
+    return found
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -30,6 +30,9 @@ def configure(parser: Parser) -> None:
     )
     bundle = parser.add_argument_group("a self-contained pipeline")
     bundle.add_argument("--pipeline", type=str | None, default=None, help="A flow's artifact, or a Pipeline directory.")
+    bundle.add_argument("--autoencoder", type=str | None, default=None, help="Where the pipeline's autoencoder is now, if it moved.")
+    bundle.add_argument("--compressor", type=str | None, default=None, help="Where the pipeline's compressor is now, if it moved.")
+    bundle.add_argument("--weights", choices=["ema", "raw"], default="ema", help="Averaged or last weights of the last stage.")
 
 
 def run(config: Namespace) -> int:
@@ -42,7 +45,10 @@ def run(config: Namespace) -> int:
         problems.raise_if_any()
         from srcflow.pipeline import Pipeline
 
-        Pipeline.from_pretrained(config.pipeline).save_pretrained(config.out)
+        pipeline = Pipeline.from_pretrained(
+            config.pipeline, weights=config.weights, autoencoder=config.autoencoder, compressor=config.compressor
+        )
+        pipeline.save_pretrained(config.out)
         print(f"Wrote {config.out}.")
         return 0
     for key in ("config", "ckpt_path"):

@@ -37,6 +37,9 @@ def configure(parser: Parser) -> None:
     parser.bases = {"guidance": Guidance, "solver": Solver}
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")
     parser.add_argument("--pipeline", type=str, required=True, help="A flow's artifact, or a Pipeline directory.")
+    parser.add_argument("--autoencoder", type=str | None, default=None, help="Where the pipeline's autoencoder is now, if it moved.")
+    parser.add_argument("--compressor", type=str | None, default=None, help="Where the pipeline's compressor is now, if it moved.")
+    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="Averaged or last weights of the last stage.")
     parser.add_argument("--out", type=str, required=True, help="File (.png, .npz) or folder to write.")
     parser.add_argument(
         "--format",
@@ -70,7 +73,9 @@ def run(config: Namespace) -> int:
     from srcflow.pipeline import Pipeline
 
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipeline = Pipeline.from_pretrained(config.pipeline).to(device)
+    pipeline = Pipeline.from_pretrained(
+        config.pipeline, weights=config.weights, autoencoder=config.autoencoder, compressor=config.compressor
+    ).to(device)
     labels = wanted_labels(config, 0 if pipeline.flow is None else pipeline.flow.num_classes)
     n = config.n if labels is None else len(labels)
     batches = drawn(pipeline, n, labels, config, device)

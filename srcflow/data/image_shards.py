@@ -86,6 +86,8 @@ class ImageShardsStream(IterableDataset[Sample]):
         buffer: samples (as bytes) in each worker's shuffle buffer.
     """
 
+    shares_ranks = True  # a rank's stream is its own share
+
     def __init__(
         self,
         index: ShardIndex,

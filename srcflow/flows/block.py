@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from srcflow.couplings.base import Coupling
-from srcflow.errors import ConfigError, ShapeError
+from srcflow.errors import ConfigError, ShapeError, one_of
 from srcflow.flows.conditioners import Conditioner
 from srcflow.flows.positions import Positions
-from srcflow.nn.attention import Attention, Cache
+from srcflow.nn.attention import Attention, Cache, without_autocast
 from srcflow.nn.mlp import MLP, GatedMLP, MLPName
 from srcflow.nn.norm import NormName, RMSNorm, make_norm
 from srcflow.nn.permutation import Order
@@ -116,6 +116,7 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
     """
 
     coupling: Coupling
+    place: Tensor
 
     def __init__(
         self,
@@ -141,13 +142,14 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
         clip_what: Literal["log_scale", "both"] = "log_scale",
     ) -> None:
         super().__init__()
-        for key, value, known in (
-            ("start", start, ("shift", "sos")),
-            ("order", order, ("raster", "reverse")),
-            ("clip_what", clip_what, ("log_scale", "both")),
-        ):
-            if value not in known:
-                raise ConfigError(f"block.{key}", value, "unknown.", f"Known: {', '.join(known)}.")
+        one_of("block.start", start, ("shift", "sos"))
+        one_of("block.order", order, ("raster", "reverse"))
+        one_of("block.clip_what", clip_what, ("log_scale", "both"))
+        one_of("block.norm", norm, ("layer", "rms"))
+        one_of("block.mlp", mlp, ("gelu", "gated"))
+        for key, number in (("layers", layers), ("clip", clip)):
+            if number < 0:
+                raise ConfigError(f"block.{key}", number, "must not be negative.", "Write 0 for none.")
         if heads is None and width % head_dim:
             raise ConfigError("block.width", width, f"is not a multiple of head_dim = {head_dim}.", "Change one, or give heads.")
         heads = width // head_dim if heads is None else heads
@@ -155,6 +157,7 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
         self.coupling, self.start_kind, self.order = coupling, start, order
         self.clip, self.clip_what = clip, clip_what
         self.checkpoint_every = 0
+        self.register_buffer("place", torch.empty(0), persistent=False)  # where the block is, also without parameters
         p = coupling.params_per_channel
         if layers == 0:
             self.positions, self.conditioner = None, None
@@ -197,9 +200,8 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
     def start(self, ctx: Context, batch: int, tokens: int, dtype: torch.dtype) -> tuple[State, Tensor]:
         """A fresh state and the first token's parameters (B, 1, p, d). See `CausalBlock.start`."""
         if self.layer_count == 0:
-            return _Run([], _Prepared(None, None, None, None, 1.0), tokens), self._zeros(
-                torch.empty(batch, 1, self.channels, dtype=dtype), 1
-            )
+            like = torch.empty(batch, 1, self.channels, dtype=dtype, device=self.place.device)
+            return _Run([], _Prepared(None, None, None, None, 1.0), tokens), self._zeros(like, 1)
         device = self.proj_in.weight.device
         prepared = self._prepare(ctx, tokens, device)
         prefix = 0 if prepared.prefix is None else prepared.prefix.shape[1]
@@ -243,11 +245,13 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
             return _Prepared(prefix, added, None, None, ctx.attention_temperature)
         rotation = self.positions.rotation(grid, 0 if prefix is None else prefix.shape[1], self.head_dim, device)
         temperature = ctx.attention_temperature
+        if isinstance(temperature, Tensor):  # once, not at every layer and token
+            temperature = temperature.to(device)
         return _Prepared(prefix, added, self.positions.table(grid, self.order), rotation, temperature)
 
     def _embed(self, inputs: Tensor, prepared: _Prepared, slot: int) -> Tensor:
         """Input map, positions and added condition of the image slots slot .. slot+m-1."""
-        if not torch.is_autocast_enabled(inputs.device.type):
+        if inputs.is_meta or not torch.is_autocast_enabled(inputs.device.type):
             inputs = inputs.to(self.proj_in.weight.dtype)
         h = self.proj_in(inputs)
         if prepared.table is not None:
@@ -274,7 +278,7 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
 
     def _head(self, h: Tensor) -> Tensor:
         """Final norm, linear map and clip, in at least float32 whatever the autocast."""
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h):
             dtype = torch.promote_types(torch.promote_types(h.dtype, self.head.weight.dtype), torch.float32)
             h = self.final_norm(h.to(dtype))
             out = F.linear(h, self.head.weight.to(dtype), self.head.bias.to(dtype)).unflatten(

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from srcflow.errors import ConfigError
+from srcflow.errors import ConfigError, one_of
 from srcflow.registry import Recorded
 from srcflow.types import Condition
 
@@ -46,7 +46,8 @@ class ClassTable(Conditioner):
 
     def __init__(self, num_classes: int, width: int, null: Literal["mean", "learned"] = "mean") -> None:
         super().__init__()
-        self.num_classes, self.null = num_classes, null
+        one_of("class_table.null", null, ("mean", "learned"))
+        self.num_classes, self.null = _classes(num_classes), null
         self.weight = nn.Parameter(torch.randn(num_classes + (null == "learned"), width) * 1e-2)
 
     def added(self, condition: Condition) -> Tensor:
@@ -73,7 +74,7 @@ class ClassToken(Conditioner):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes = _classes(num_classes)
         self.weight = nn.Parameter(torch.randn(num_classes + 1, width) * 1e-2)
 
     def added(self, condition: Condition) -> None:
@@ -115,6 +116,14 @@ class TextPrefix(Conditioner):
         if condition.mask is not None:
             text = text * condition.mask[..., None].to(text.dtype)
         return self.proj(text.to(self.proj.weight.dtype))
+
+
+def _classes(n: int) -> int:
+    if n < 1:
+        raise ConfigError(
+            "num_classes", n, "a conditioner needs at least one class.", "Leave the conditioner out for an unconditional block."
+        )
+    return n
 
 
 def _labels(condition: Condition) -> Tensor:

@@ -30,8 +30,8 @@ def tweedie(flow: Flow, x: Tensor, sigma: float, condition: Condition | None = N
     """
     if sigma < 0:
         raise ConfigError("sigma", sigma, "a standard deviation is not negative.")
-    with torch.enable_grad():
-        leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_(True)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True).requires_grad_(True)
         out = flow(leaf, condition, grid=grid)
         (score,) = torch.autograd.grad((normal_log_prob(out.z) + out.logdet).sum(), leaf)
     return leaf.detach() + sigma**2 * score

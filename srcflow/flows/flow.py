@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,11 @@ class Flow(nn.Module, metaclass=Recorded):
         return max(range(len(depths)), key=lambda i: (depths[i], i))
 
     @property
+    def shape(self) -> tuple[int, Grid, tuple[str, ...]]:
+        """Channels, grid and the order of every block: what two flows must share to be each other's negative."""
+        return self.channels, self.grid, tuple(b.order for b in self._blocks())
+
+    @property
     def num_classes(self) -> int:
         """Number of classes the flow is conditioned on; 0 if it is not."""
         return next((b.conditioner.num_classes for b in self._blocks() if isinstance(b.conditioner, ClassTable | ClassToken)), 0)
@@ -103,6 +109,11 @@ class Flow(nn.Module, metaclass=Recorded):
         device = self.prior_std.device
         self.null_text = text.detach().clone().to(device)
         self.null_mask = None if mask is None else mask.detach().clone().to(device)
+
+    def prepare_state(self, state: Mapping[str, Tensor]) -> None:
+        """Make room for the null text that a state dict holds; called before it is loaded."""
+        for name in ("null_text", "null_mask"):
+            setattr(self, name, torch.empty_like(state[name], device=self.prior_std.device) if name in state else None)
 
     def resolve(self, condition: Condition | None, batch: int) -> Condition | None:
         """The condition with every null filled in, for `batch` rows; None for an unconditional flow.
@@ -299,8 +310,11 @@ class Flow(nn.Module, metaclass=Recorded):
     @torch.no_grad()
     def update_prior(self, z: Tensor, rate: float = 0.1) -> None:
         """Move prior_std^2 towards the second moments of z (B, N, d) by `rate` (TARFlow's rule, E7); only if `learn_prior`."""
-        if self.learn_prior:
-            self.prior_std.copy_(self.prior_std.square().lerp(z.detach().square().mean(0).to(self.prior_std.dtype), rate).sqrt())
+        if not self.learn_prior:
+            return
+        moments = z.detach().square().mean(0).to(self.prior_std.dtype)
+        if bool(torch.isfinite(moments).all()):  # a bad batch must not spoil the average for good
+            self.prior_std.copy_(self.prior_std.square().lerp(moments, rate).sqrt())
 
     def set_checkpointing(self, every: int) -> None:
         """Recompute every `every`-th layer's activations in the backward pass; 0 switches it off."""
@@ -345,8 +359,10 @@ class Flow(nn.Module, metaclass=Recorded):
             return set()
         negative = guidance.negative
         other = negative.flow
-        if other is not None and (not isinstance(other, Flow) or len(other.blocks) != len(self.blocks) or other.channels != self.channels):
-            raise ConfigError("guidance.negative.flow", type(other).__name__, "is not a Flow with the same blocks and channels.")
+        if other is not None and not (isinstance(other, Flow) and other.shape == self.shape):
+            raise ConfigError(
+                "guidance.negative.flow", type(other).__name__, "is not a Flow with the same blocks, orders, channels and grid."
+            )
         blocks = self._blocks()
         if guidance.blocks == "all":
             chosen = {i for i, b in enumerate(blocks) if b.layer_count}

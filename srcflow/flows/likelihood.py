@@ -15,7 +15,7 @@ LOG_2PI = math.log(2.0 * math.pi)
 def normal_log_prob(z: Tensor, std: Tensor | None = None) -> Tensor:
     """Log-density (B,) in nats, at least float32, of z (B, N, d) under independent normals of mean 0 and deviation `std` (N, d)."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    constant = 0.5 * z[0].numel() * LOG_2PI
+    constant = 0.5 * z.shape[1:].numel() * LOG_2PI
     if std is None:
         return -0.5 * z.square().flatten(1).sum(1) - constant
     std = std.to(z.dtype)
@@ -24,4 +24,4 @@ def normal_log_prob(z: Tensor, std: Tensor | None = None) -> Tensor:
 
 def nll_per_dim(out: FlowOutput) -> Tensor:
     """Negative log-likelihood (B,) in nats per dimension under the standard normal prior, constant included (E15)."""
-    return -(normal_log_prob(out.z) + out.logdet) / out.z[0].numel()
+    return -(normal_log_prob(out.z) + out.logdet) / out.z.shape[1:].numel()

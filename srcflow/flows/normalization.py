@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from srcflow.errors import ConfigError, ShapeError
+from srcflow.nn.attention import without_autocast
 from srcflow.registry import Recorded
 
 
@@ -128,6 +129,6 @@ class Whitening(Normalization):
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `Normalization.inverse`."""
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y):
             dtype = torch.promote_types(y.dtype, self.factor.dtype)
             return y.to(dtype) @ self.factor.to(dtype).T + self.mean

@@ -11,7 +11,7 @@ from srcflow.couplings.additive import Additive
 from srcflow.couplings.affine import Affine
 from srcflow.couplings.base import Coupling
 from srcflow.couplings.softplus_affine import SoftplusAffine
-from srcflow.errors import ConfigError
+from srcflow.errors import ConfigError, one_of
 from srcflow.flows.block import TransformerBlock
 from srcflow.flows.conditioners import ClassTable, ClassToken, Conditioner, TextPrefix
 from srcflow.flows.flow import Flow
@@ -100,6 +100,7 @@ def starflow(
         clip: soft clip of log-scale and shift.
         deep_width: width of the last block; None means `width`.
     """
+    one_of("starflow.condition_blocks", condition_blocks, ("deep", "all"))
     if text_dim and num_classes:
         raise ConfigError(
             "starflow.text_dim, num_classes", (text_dim, num_classes), "a model takes text or classes.", "Set one of the two to 0."
@@ -170,9 +171,10 @@ def srcflow(
     """
     g = _grid(grid)
     depths = [2, 2, 2, 2, 2, 18] if layers is None else layers
-    norm2: Normalization | None = (
-        {"channel": ChannelNormalization, "whitening": Whitening}[normalization](channels) if normalization != "none" else None
-    )
+    one_of("srcflow.condition", condition, ("table", "token"))
+    makers = {"channel": ChannelNormalization, "whitening": Whitening}
+    name = one_of("srcflow.normalization", normalization, (*makers, "none"))
+    norm2: Normalization | None = makers[name](channels) if name in makers else None
     built = []
     for k, depth in enumerate(depths):
         conditioner: Conditioner | None = None

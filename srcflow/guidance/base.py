@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from srcflow.errors import ConfigError
 from srcflow.guidance.schedules import Constant, Schedule
 from srcflow.registry import Recorded
 from srcflow.types import AffineParams, Condition
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Blocks = Literal["conditioned", "deep", "all"]
 
@@ -24,10 +21,11 @@ class Negative(metaclass=Recorded):
     Args:
         condition: the negative condition; None means the flow's null condition.
         attention_temperature: divides the attention logits of the negative stream only (1: none); how unconditional models are guided.
-        flow: another Flow whose parameters serve as the negative (autoguidance); None means the same flow.
+        flow: another Flow whose parameters serve as the negative (autoguidance), or the directory of its stage, which
+            `srcflow.pipeline.load_negative` turns into the flow; None means the same flow.
     """
 
-    def __init__(self, condition: Condition | None = None, attention_temperature: float = 1.0, flow: nn.Module | None = None) -> None:
+    def __init__(self, condition: Condition | None = None, attention_temperature: float = 1.0, flow: nn.Module | str | None = None) -> None:
         if attention_temperature <= 0:
             raise ConfigError("guidance.negative.attention_temperature", attention_temperature, "a temperature is positive.")
         self.condition, self.attention_temperature, self.flow = condition, attention_temperature, flow

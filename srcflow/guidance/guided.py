@@ -46,6 +46,9 @@ class GuidedBlock:
         negative_block: CausalBlock | None = None,
         negative_condition: Condition | None = None,
     ) -> None:
+        if guidance.negative.flow is not None and negative_block is None:
+            why = "a block on its own does not know another flow's blocks."
+            raise ConfigError("guidance.negative.flow", type(guidance.negative.flow).__name__, why, "Use Flow.inverse.")
         self.block, self.guidance = block, guidance
         self.negative_block = block if negative_block is None else negative_block
         self.negative_condition = guidance.negative.condition if negative_condition is None else negative_condition
@@ -103,6 +106,9 @@ class GuidedBlock:
         return torch.stack([guided.log_scale, guided.shift], dim=-2)
 
     def _negative_context(self, ctx: Context, batch: int) -> Context:
+        if self.negative_block is not self.block and not getattr(self.negative_block, "conditioned", True):
+            own = self.guidance.negative.attention_temperature
+            return ctx.replace(condition=None, attention_temperature=ctx.attention_temperature * own)
         condition = self.negative_condition
         if condition is None and ctx.condition is not None:
             if ctx.condition.text is not None:

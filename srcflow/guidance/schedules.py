@@ -11,6 +11,12 @@ from srcflow.errors import ConfigError
 from srcflow.registry import Recorded
 
 
+def _not_negative(strength: float) -> float:
+    if not strength >= 0:
+        raise ConfigError("guidance.strength", strength, "is not a strength.", "Write a number of at least 0; 0 switches guidance off.")
+    return strength
+
+
 class Schedule(metaclass=Recorded):
     """Strength as a function of progress: 0 at a block's first token, 1 at its last, in the block's own order."""
 
@@ -24,7 +30,7 @@ class Schedule(metaclass=Recorded):
         """True if the strength is 0 everywhere, so that no negative stream has to be run."""
 
     def __repr__(self) -> str:
-        arguments = getattr(self, "_recorded_spec", ("", {}))[1]
+        arguments: dict[str, object] = getattr(self, "_recorded_spec", ("", {}))[1]
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
 
@@ -36,7 +42,7 @@ class Constant(Schedule):
     """
 
     def __init__(self, strength: float) -> None:
-        self.strength = strength
+        self.strength = _not_negative(strength)
 
     def __call__(self, progress: Tensor) -> Tensor:
         """See `Schedule`."""
@@ -56,7 +62,7 @@ class Annealed(Schedule):
     """
 
     def __init__(self, strength: float) -> None:
-        self.strength = strength
+        self.strength = _not_negative(strength)
 
     def __call__(self, progress: Tensor) -> Tensor:
         """See `Schedule`."""
@@ -82,7 +88,7 @@ class Interval(Schedule):
             raise ConfigError(
                 "schedule.start/stop", (start, stop), "an interval of progress lies in [0, 1].", "Write 0 <= start <= stop <= 1."
             )
-        self.strength, self.start, self.stop = strength, start, stop
+        self.strength, self.start, self.stop = _not_negative(strength), start, stop
 
     def __call__(self, progress: Tensor) -> Tensor:
         """See `Schedule`."""

@@ -21,6 +21,11 @@ SMALL = 96
 _watch: ContextVar[list[Tensor] | None] = ContextVar("attention_logits", default=None)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A context without autocast for the device of x; the meta device, which has none, included."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def favourable_kernel(x: Tensor, tokens: int) -> AbstractContextManager[None]:
     """A context in which `scaled_dot_product_attention` over `tokens` tokens uses the faster kernel for activations like x."""
     kind = x.device.type

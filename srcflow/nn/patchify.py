@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from einops import rearrange
 from torch import Tensor
 
 from srcflow.errors import ConfigError, ShapeError
@@ -12,6 +13,9 @@ from srcflow.types import Grid
 
 Order = Literal["cpp", "ppc"]
 """Order of a token's numbers: channel, patch row, patch column (TARFlow), or patch row, patch column, channel (STARFlow, RAE)."""
+
+
+_AXES = {"cpp": "c p q", "ppc": "p q c"}
 
 
 def patchify(images: Tensor, patch_size: int, order: Order = "cpp") -> Tensor:
@@ -29,13 +33,11 @@ def patchify(images: Tensor, patch_size: int, order: Order = "cpp") -> Tensor:
         ShapeError: H or W is not a multiple of `patch_size`.
         ConfigError: there is no such order.
     """
-    b, c, height, width = images.shape
+    height, width = images.shape[-2:]
     p = patch_size
     if height % p or width % p:
         raise ShapeError(f"images of {height} x {width} pixels cannot be cut into patches of side patch_size = {p}; resize or crop them.")
-    x = images.reshape(b, c, height // p, p, width // p, p)
-    x = x.permute(0, 2, 4, 1, 3, 5) if _checked(order) == "cpp" else x.permute(0, 2, 4, 3, 5, 1)
-    return x.reshape(b, (height // p) * (width // p), c * p * p)
+    return rearrange(images, f"b c (h p) (w q) -> b (h w) ({_AXES[_checked(order)]})", p=p, q=p)
 
 
 def unpatchify(tokens: Tensor, patch_size: int, grid: Grid, order: Order = "cpp") -> Tensor:
@@ -54,16 +56,11 @@ def unpatchify(tokens: Tensor, patch_size: int, grid: Grid, order: Order = "cpp"
         ShapeError: N or the width of the tokens does not fit the grid or the patch size.
         ConfigError: there is no such order.
     """
-    b, n, width = tokens.shape
+    n, width = tokens.shape[-2:]
     (rows, columns), p = grid, patch_size
     if n != rows * columns or width % (p * p):
         raise ShapeError(f"tokens (B, {n}, {width}) do not fill a grid of {rows} x {columns} patches of side patch_size = {p}.")
-    c = width // (p * p)
-    if _checked(order) == "cpp":
-        x = tokens.reshape(b, rows, columns, c, p, p).permute(0, 3, 1, 4, 2, 5)
-    else:
-        x = tokens.reshape(b, rows, columns, p, p, c).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(b, c, rows * p, columns * p)
+    return rearrange(tokens, f"b (h w) ({_AXES[_checked(order)]}) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
 
 
 def pair(value: int | Sequence[int], key: str) -> tuple[int, int]:

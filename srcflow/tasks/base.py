@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import lightning as L
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DistributedSampler
@@ -23,7 +23,7 @@ from torch.utils.data import DistributedSampler
 import srcflow
 from srcflow import artifacts, noise
 from srcflow.autoencoders.base import Autoencoder
-from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, full, trained
+from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, full, like, trained
 from srcflow.callbacks.non_finite import NonFiniteGuard
 from srcflow.data.manifest import weights_hash
 from srcflow.datamodules.base import DataModule
@@ -110,8 +110,9 @@ class Task(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check the trainer's settings against the task's. Subclasses load weights and artifacts here, after calling this."""
         problems = Problems()
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            problems.add(ConfigError("trainer.precision", self.trainer.precision, "float16 overflows here.", "Use bf16-mixed or 32-true."))
+        if self.trainer.precision in ("16-mixed", "16-true", "bf16-true", "transformer-engine-float16"):
+            why = "rounds statistics and master weights." if self.trainer.precision == "bf16-true" else "float16 overflows here."
+            problems.add(ConfigError("trainer.precision", self.trainer.precision, why, "Use bf16-mixed or 32-true."))
         if self.trainer.gradient_clip_val is not None:
             problems.add(
                 ConfigError(
@@ -143,7 +144,10 @@ class Task(L.LightningModule):
         if not trained:
             return None
         optimizer = self.optimization.optimizer(trained)
-        scheduler = self.optimization.scheduler(optimizer, self.total_steps)
+        total = self.total_steps
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # one step, whatever the warm-up
+            total = max(total, self.optimization.warmup_steps + 1)
+        scheduler = self.optimization.scheduler(optimizer, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "learning_rate"}}
 
     @property
@@ -174,7 +178,7 @@ class Task(L.LightningModule):
                 parameters = dict(self.named_parameters(remove_duplicate=False))
                 for name, owner in aliases(self).items():
                     if owner in self._raw_state:
-                        parameters[name].copy_(self._raw_state[owner])
+                        parameters[name].copy_(like(self._raw_state[owner], parameters[name]))
             self._raw_state = None
 
     def _check_store(self) -> None:
@@ -270,7 +274,8 @@ class Task(L.LightningModule):
             loader = source.train_dataloader()
         else:
             loader = self.trainer.fit_loop._data_source.dataloader()
-        shared = isinstance(getattr(loader, "sampler", None), DistributedSampler)  # every rank gets a share from it (our loaders do so)
+        sampler = getattr(loader, "sampler", None)  # ours give every rank a share
+        shared = isinstance(sampler, DistributedSampler) or getattr(sampler, "shares_ranks", False)
         for i, batch in enumerate(loader):
             if limit is not None and (i * world + rank if shared else i) >= limit:
                 return

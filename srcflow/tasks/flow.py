@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -86,6 +87,8 @@ class FlowTask(Task):
             problems.add(ConfigError("label_dropout", label_dropout, "is a probability."))
         if latent_norm_weight < 0:
             problems.add(ConfigError("latent_norm_weight", latent_norm_weight, "must not be negative."))
+        if statistics_batches is not None and statistics_batches < 1:
+            problems.add(ConfigError("statistics_batches", statistics_batches, "must be at least 1.", "Write null for the whole set."))
         if not temperature > 0:
             problems.add(ConfigError("temperature", temperature, "must be positive."))
         if checkpoint_every < 0:
@@ -164,6 +167,17 @@ class FlowTask(Task):
         self.flow.train(training)
         return pipeline
 
+    def place(self) -> None:
+        """See `Task.place`; also refuses to evaluate a flow that was never trained.
+
+        Raises:
+            ConfigError: outside of fit, the flow's normalisation was never fitted.
+        """
+        super().place()
+        norm2 = self.flow.normalization
+        if norm2 is not None and not self.trainer.state.fn == "fit" and not bool(norm2.fitted):
+            raise ConfigError("ckpt_path", None, "this flow was never trained.", "Name the checkpoint: --ckpt_path FILE.")
+
     def on_fit_start(self) -> None:
         """Fit the flow's normalisation on noisy codes of the training set."""
         super().on_fit_start()
@@ -223,7 +237,7 @@ class FlowTask(Task):
         codes = self.codes(batch, "train")
         first, outputs, logdet = self.flow.steps(codes, self.condition(batch, dropout=True))
         z = outputs[-1].z
-        dims = z[0].numel()
+        dims = z.shape[1:].numel()
         prior = -normal_log_prob(z).mean() / dims
         volume = -logdet.mean() / dims
         loss = nll = prior + volume
@@ -231,7 +245,9 @@ class FlowTask(Task):
             penalty = sum((o.z.square().mean() for o in outputs[:-1]), start=first.square().mean())
             loss = nll + self.latent_norm_weight * penalty
             self.log("train/latent_norm", penalty.detach())
-        self.flow.update_prior(z)
+        if self.flow.learn_prior:  # one batch whose square is the mean over all ranks
+            moments = cast(Tensor, self.trainer.strategy.reduce(z.detach().square().mean(0), reduce_op="mean"))
+            self.flow.update_prior(moments.sqrt()[None])
         self.log("train/nll", nll.detach(), prog_bar=True)
         self.log_dict({"train/prior": prior.detach(), "train/logdet": -volume.detach()})
         if (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
@@ -262,7 +278,7 @@ class FlowTask(Task):
         """Negative log-likelihood under fixed noise, and its parts."""
         codes = self.codes(batch, "validation", 0)
         valid = batch["valid"].to(self.device)
-        with watch_logits() as logits:
+        with watch_logits() if batch_idx == 0 else nullcontext([]) as logits:
             _, outputs, logdet = self.flow.steps(codes, self.condition(batch, dropout=False))
         prior = -normal_log_prob(outputs[-1].z, self.flow.prior_std if self.flow.learn_prior else None)
         self._totals["count"] += valid.sum()
@@ -304,10 +320,10 @@ class FlowTask(Task):
         self._evaluator.finish()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Per image: `indices`, `nll` (B,) in nats per dimension, and `log_probs` (B, classes) of the classes given the image, if any."""
+        """Per image: `indices`, `valid` (False: padding), `nll` (B,) in nats per dimension and, given classes, `log_probs` (B, classes)."""
         codes = self.codes(batch, "predict", 0)
-        out: dict[str, Tensor] = {"indices": batch["indices"]}
-        out["nll"] = -self.flow.log_prob(codes, self.condition(batch, dropout=False)) / codes[0].numel()
+        out: dict[str, Tensor] = {"indices": batch["indices"], "valid": batch["valid"]}
+        out["nll"] = -self.flow.log_prob(codes, self.condition(batch, dropout=False)) / codes.shape[1:].numel()
         if self.flow.num_classes:
             out["log_probs"] = self.flow.class_log_probs(codes).log_softmax(1)
         return out

@@ -12,11 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from srcflow import randomness
+from srcflow.compressors.identity import Identity
 from srcflow.errors import ConfigError, DataError, Problems
 from srcflow.metrics.features.base import Extractor
 from srcflow.metrics.frechet import FrechetDistance, sized_name
 from srcflow.metrics.likelihood import GaussianBaseline, bits_per_dim
 from srcflow.metrics.reconstruction import ReconstructionMetrics
+from srcflow.noise import Dequantisation
 from srcflow.registry import spec_of
 from srcflow.types import Batch, Condition
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 FULL_GAUSSIAN_DIMS = 8192
 """Above so many dimensions N * d the baseline's covariance is per token (a full one would be half a gigabyte)."""
+
+FULL_GAUSSIAN_SAMPLES = 10
+"""Codes per dimension below which a full covariance overfits (by 0.03 nats per dimension at 10, by 0.7 at 1.5)."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class Evaluation:
         problems = Problems()
         if self.draws < 1:
             problems.add(ConfigError("evaluation.draws", self.draws, "an expectation needs at least one draw."))
+        if self.baseline_batches is not None and self.baseline_batches < 0:
+            problems.add(
+                ConfigError("evaluation.baseline_batches", self.baseline_batches, "must not be negative.", "Write 0 to switch it off.")
+            )
         for key in ("samples", "classified", "round_trip"):
             if getattr(self, key) < 0:
                 problems.add(ConfigError(f"evaluation.{key}", getattr(self, key), "must not be negative.", "Write 0 to switch it off."))
@@ -83,12 +92,27 @@ class FlowEvaluator:
         self.dims = self.flow.channels * self.flow.grid[0] * self.flow.grid[1]
         self._total = _test_size(task)
         compared = self.settings.samples if self.extractor is not None else 0
+        if compared > self._total:
+            raise ConfigError(
+                "evaluation.samples",
+                compared,
+                f"there are {self._total} test images to compare with, and every distance has the same N on both sides.",
+                f"Write {self._total} or less.",
+            )
         self._compared = self._subset("compared", compared)
         self._classified = self._subset("classified", self.settings.classified if self.flow.num_classes else 0)
-        self._sums: dict[str, Tensor] = {}
+        names = ("nll", "logdet", "gaussian", "nll_marginal", "gaussian_classified", "accuracy")
+        self._sums = {name: torch.zeros(2, dtype=torch.float64, device=task.device) for name in names}  # sum and count
         self._distances: dict[str, FrechetDistance] = {}
         self._reconstructions: dict[str, ReconstructionMetrics] = {}
+        self._baseline_samples = 0
         self._baseline = self._fit_baseline()
+        self._settings = self._protocol()  # what cannot be written down is found before hours of sampling
+        if compared:  # every rank holds every distance, so that all of them meet in the same collectives; references are read now
+            for name in ("gfid", "rfid", "rfid_noisy", "fd_decoded", *(["floor"] if self.settings.floor else [])):
+                self._distance(name)
+            for name in ("rfid", "rfid_noisy"):
+                self._reconstructions[name] = ReconstructionMetrics().to(task.device)
 
     # --- over the test set -----------------------------------------------------------------------------------------------------
 
@@ -99,28 +123,39 @@ class FlowEvaluator:
         condition = self.task.condition(batch, dropout=False)
         chosen, compared = (valid & s[batch["indices"].cpu()].to(valid.device) for s in (self._classified, self._compared))
         joint = torch.zeros((), device=self.task.device)
+        # under sharding every forward is a collective: a rank without a chosen image goes through with one that is not counted
+        classify = self._anywhere(bool(chosen.any()))
+        rows = chosen if bool(chosen.any()) else torch.arange(len(valid), device=valid.device) == 0
         for k in range(self.settings.draws):
             codes = self.task.codes(batch, "test", k)
-            self._likelihood(codes[valid], None if condition is None else condition.index(valid))
-            if bool(chosen.any()):
-                densities = self.flow.class_log_probs(codes[chosen])
+            out = self.flow(codes, condition)
+            self._add("nll", -self.task.log_prob_of(out) / self.dims, valid)
+            self._add("logdet", out.logdet / self.dims, valid)
+            gaussian = self._baseline.nll(codes) if self._baseline is not None else None
+            if gaussian is not None:
+                self._add("gaussian", gaussian, valid)
+            if classify:
+                densities = self.flow.class_log_probs(codes[rows])
                 joint = joint + densities
                 marginal = torch.logsumexp(densities, 1) - math.log(self.flow.num_classes)
-                self._add("nll_marginal", -marginal / self.dims)
-                if self._baseline is not None:
-                    self._add("gaussian_on_classified", self._baseline.nll(codes[chosen]))
-        if bool(chosen.any()):
-            known = labels[chosen] >= 0
-            self._add("accuracy", (joint.argmax(1) == labels[chosen])[known].double())
-        if bool(compared.any()):
+                self._add("nll_marginal", -marginal / self.dims, chosen[rows])
+                if gaussian is not None:
+                    self._add("gaussian_classified", gaussian, chosen)
+        if classify:
+            self._add("accuracy", (joint.argmax(1) == labels[rows]).double(), chosen[rows] & (labels[rows] >= 0))
+        if self._anywhere(bool(compared.any())):
             self._compare_reconstructions(batch, compared)
 
-    def _likelihood(self, codes: Tensor, condition: Condition | None) -> None:
-        out = self.flow(codes, condition)
-        self._add("nll", -self.task.log_prob_of(out) / self.dims)
-        self._add("logdet", out.logdet / self.dims)
-        if self._baseline is not None:
-            self._add("gaussian", self._baseline.nll(codes))
+    def _dequantised(self) -> bool:
+        """Whether the density is one of discrete pixels: uniform noise of one grey level, and only patches before the flow."""
+        noise, width = self.task.noise, self.autoencoder.bin_width
+        if not isinstance(noise, Dequantisation) or not isinstance(self.compressor, Identity) or width is None:
+            return False
+        return self.autoencoder.pixel_density and 2 / noise.levels == width
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether any rank says so."""
+        return bool(self.task.trainer.strategy.reduce_boolean_decision(here, all=False))
 
     def _compare_reconstructions(self, batch: Batch, keep: Tensor) -> None:
         images = self.task.images_from(batch)
@@ -128,7 +163,7 @@ class FlowEvaluator:
         noise = self.task.noise_for(self.task.noise, raw, batch["indices"], "test", 0)
         real = self._features(images)
         for side in ("gfid", "rfid", "rfid_noisy", "floor"):
-            if not (side == "gfid" and self.settings.reference):
+            if side in self._distances and not (side == "gfid" and self.settings.reference):
                 self._distance(side).update(real, real=True, valid=keep)
         for name, eps in (("rfid", None), ("rfid_noisy", noise)):
             codes = self.compressor.compress(self.autoencoder.normalize(raw, eps), grid)
@@ -137,8 +172,7 @@ class FlowEvaluator:
             self._distance(name).update(features, valid=keep)
             if name == "rfid_noisy":
                 self._distance("fd_decoded").update(features, real=True, valid=keep)
-            metrics = self._reconstructions.setdefault(name, ReconstructionMetrics().to(images.device))
-            metrics.update(decoded, images, valid=keep)
+            self._reconstructions[name].update(decoded, images, valid=keep)
 
     # --- after it ----------------------------------------------------------------------------------------------------------------
 
@@ -147,20 +181,23 @@ class FlowEvaluator:
         numbers: dict[str, Any] = {"nll": self._mean("nll")}
         numbers["nll_prior"] = numbers["nll"] + self._mean("logdet")
         numbers["nll_logdet"] = -self._mean("logdet")
-        if "nll_marginal" in self._sums:
+        classified = bool(self._classified.any())
+        if classified:
             numbers["nll_marginal"] = self._mean("nll_marginal")
         if self._baseline is not None:
-            numbers["nll_gaussian"] = self._mean("gaussian_on_classified" if "gaussian_on_classified" in self._sums else "gaussian")
-        if self.autoencoder.pixel_density and self.autoencoder.bin_width is not None:
+            numbers["nll_gaussian"] = self._mean("gaussian")
+            if classified:
+                numbers["nll_gaussian_classified"] = self._mean("gaussian_classified")
+        if self._dequantised() and self.autoencoder.bin_width is not None:
             log_prob = torch.tensor(-numbers["nll"] * self.dims, dtype=torch.float64)
             numbers["bits_per_dim"] = float(bits_per_dim(log_prob, self.dims, bin_width=self.autoencoder.bin_width))
-        if "accuracy" in self._sums and float(self._sums["accuracy"][1]):
+        if classified:
             numbers["accuracy"] = self._mean("accuracy")
         if self.settings.round_trip:
             numbers["round_trip_error"] = self._round_trip()
         if bool(self._compared.any()):
             numbers.update(self._compare_samples())
-        protocol = self._protocol()
+        protocol = self._settings
         judge = f", distances judged by {protocol['extractor']}" if protocol["extractor"] else ""
         self.task.report(numbers, protocol, f"{type(self.task).__name__}: {self._total} test images{judge} ({protocol['weights']} weights)")
         return numbers
@@ -170,22 +207,22 @@ class FlowEvaluator:
         n = self.settings.samples
         labels = self._labels(n)
         batch = self._batch_size()
-        done, seconds = 0, 0.0
-        for lo in tqdm(range(rank * batch, n, world * batch), desc="sample", unit="batch", disable=rank > 0, mininterval=1.0):
-            indices = torch.arange(lo, min(lo + batch, n))
+        if self.settings.floor:  # first, since it may find the training set too small
+            self._compare_training_images(_share(n, rank, world))
+        seconds = torch.zeros((), dtype=torch.float64)
+        steps = -(-n // (world * batch))  # the same on every rank; what is past the end is sampled, but not counted
+        for step in tqdm(range(steps), desc="sample", unit="batch", disable=rank > 0, mininterval=1.0):
+            wanted = torch.arange(batch) + (step * world + rank) * batch
+            indices = wanted.clamp(max=n - 1) if steps > 1 or world > 1 else wanted[:n]
             start = time.perf_counter()
             images = self._sample(indices, None if labels is None else labels[indices]).cpu()
             seconds += time.perf_counter() - start
-            done += len(indices)
-            images = images.to(self.task.device)
-            features = self._features(images)
-            self._distance("gfid").update(features)
-            self._distance("fd_decoded").update(features)
-        numbers: dict[str, Any] = {"images_per_second": world * done / seconds}
-        if self.settings.floor:
-            self._compare_training_images(_share(int(self._compared.sum()), rank, world))
-        else:
-            self._distances.pop("floor", None)
+            features = self._features(images.to(self.task.device))
+            counted = (wanted[: len(indices)] < n).to(features.device)
+            self._distance("gfid").update(features, valid=counted)
+            self._distance("fd_decoded").update(features, valid=counted)
+        slowest = float(cast(Tensor, self.task.trainer.strategy.reduce(seconds.to(self.task.device), reduce_op="max")))
+        numbers: dict[str, Any] = {"images_per_second": n / slowest}
         for name, distance in self._distances.items():
             vectors = int(cast(Tensor, self.task.trainer.strategy.reduce(distance.fake_count.clone(), reduce_op="sum")))
             numbers[sized_name(name, vectors)] = float(distance.compute())
@@ -244,15 +281,23 @@ class FlowEvaluator:
         raise DataError(f"the training set has {count} images too few for the real-against-real floor; lower evaluation.samples.")
 
     def _fit_baseline(self) -> GaussianBaseline | None:
+        """The Gaussian of the noisy training codes: of all dimensions where there are enough codes to determine it, else of each token."""
         limit = self.settings.baseline_batches
         if limit == 0:
             return None
-        kind: Literal["full", "token"] = "full" if self.dims <= FULL_GAUSSIAN_DIMS else "token"
-        baseline = GaussianBaseline(self.dims // self.flow.channels, self.flow.channels, kind)
+        kinds: tuple[Literal["full", "token"], ...] = ("full", "token") if self.dims <= FULL_GAUSSIAN_DIMS else ("token",)
+        fits = {kind: GaussianBaseline(self.dims // self.flow.channels, self.flow.channels, kind) for kind in kinds}
+        count = torch.zeros((), dtype=torch.float64, device=self.task.device)
         cast(Any, self.task.trainer).datamodule.setup("fit")
         for batch in self.task.training_batches(limit):
-            baseline.update(self.task.codes(batch, "baseline", 0), batch["valid"])
-        return baseline.fit()
+            codes = self.task.codes(batch, "baseline", 0)
+            count += batch["valid"].sum()
+            for fit in fits.values():
+                fit.update(codes, batch["valid"])
+        self._baseline_samples = int(cast(Tensor, self.task.trainer.strategy.reduce(count, reduce_op="sum")))
+        if "full" in fits and self._baseline_samples >= FULL_GAUSSIAN_SAMPLES * self.dims:
+            return fits["full"].fit()
+        return fits["token"].fit()
 
     def _subset(self, purpose: str, n: int) -> Tensor:
         """Which samples of the test set belong to a random subset of n, (total,) bool: the same for any batch size and rank count."""
@@ -269,7 +314,7 @@ class FlowEvaluator:
             guidance=None if self.task.guidance is None else spec_of(self.task.guidance),
             solver="Sequential" if self.task.solver is None else spec_of(self.task.solver),
             temperature=self.task.temperature,
-            gaussian=None if self._baseline is None else self._baseline.kind,
+            gaussian=None if self._baseline is None else {"covariance": self._baseline.kind, "samples": self._baseline_samples},
             units={"nll": "nats per dimension of the noisy code", "images_per_second": "sampled images, all ranks"},
         )
 
@@ -291,9 +336,9 @@ class FlowEvaluator:
             self._distances[name] = distance
         return self._distances[name]
 
-    def _add(self, name: str, values: Tensor) -> None:
-        pair = torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
-        self._sums[name] = self._sums.get(name, torch.zeros_like(pair)) + pair
+    def _add(self, name: str, values: Tensor, counted: Tensor) -> None:
+        kept = values[counted].double()
+        self._sums[name] += torch.stack([kept.sum(), kept.new_tensor(float(len(kept)))])
 
     def _mean(self, name: str) -> float:
         total = cast(Tensor, self.task.trainer.strategy.reduce(self._sums[name], reduce_op="sum"))

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import Any, Literal, cast
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from srcflow import randomness
@@ -85,6 +85,13 @@ class ReconstructionTask(Task):
             problems.add(ConfigError("pixel_kind", pixel_kind, "unknown.", 'Write "l1" or "l2".'))
         if statistics_batches is not None and statistics_batches < 1:
             problems.add(ConfigError("statistics_batches", statistics_batches, "must be at least 1.", "Write null for the whole set."))
+        if adversarial is not None and adversarial.weight > 0 and pixel_weight == 0:
+            late = perceptual is None or perceptual_weight == 0 or perceptual_from > adversarial.count_from
+            if late:
+                why = "its adaptive weight compares it with a reconstruction loss, and none counts by then."
+                problems.add(
+                    ConfigError("adversarial.count_from", adversarial.count_from, why, "Give pixel_weight or perceptual_weight a value.")
+                )
         problems.raise_if_any()
         self.noise, self.eval_noise, self.statistics_batches = noise, eval_noise, statistics_batches
         self.pixel_weight, self.pixel_kind, self.perceptual_weight = pixel_weight, pixel_kind, perceptual_weight
@@ -311,8 +318,13 @@ def check_judge(extractor: Extractor, codec: Autoencoder) -> None:
     """
     held, encoder = getattr(extractor, "encoder", None), getattr(codec, "encoder", None)
     judge = getattr(held, "module", held)
-    if encoder is None or judge is None or type(encoder) is not type(judge):
-        return
-    networks = [{k: v for k, v in spec_of(e)["init_args"].items() if k not in ("image_size", "weights")} for e in (encoder, judge)]
-    if networks[0] == networks[1]:
-        raise ConfigError("extractor", extractor.name, "made the features that it would judge.", "Name another network or size.")
+    if encoder is not None and judge is not None and _network(encoder) == _network(judge):
+        raise ConfigError("extractor", extractor.name, "made the features that it would judge.", "Name another network.")
+
+
+def _network(encoder: nn.Module) -> tuple[str, Any]:
+    """What makes two encoders the same network, whatever their image size, layer or class: timm's name where there is one."""
+    arguments = spec_of(encoder)["init_args"]
+    if isinstance(getattr(encoder, "name", None), str):
+        return str(encoder.name), arguments.get("timm_args")
+    return type(encoder).__qualname__, {k: v for k, v in arguments.items() if k not in ("image_size", "weights")}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from srcflow import artifacts
 from srcflow.couplings.additive import Additive
 from srcflow.couplings.affine import Affine
 from srcflow.errors import ConfigError, ShapeError
@@ -234,6 +237,15 @@ def test_masked_text_is_multiplied_before_the_map() -> None:
     assert torch.equal(prefix.prefix(Condition(text=t, mask=mask)), expected)
 
 
+def test_the_null_text_survives_being_saved(tmp_path: Path) -> None:
+    flow = perturb(FLOWS["starflow-text"]())
+    flow.set_null(text(1, seed=9)[0], torch.tensor([True, True, False, True]))
+    again = artifacts.load(artifacts.save(tmp_path / "flow", flow), Flow)
+    assert torch.equal(again.log_prob(data(flow)), flow.log_prob(data(flow)))
+    plain = artifacts.load(artifacts.save(tmp_path / "plain", FLOWS["starflow-text"]()), Flow)
+    assert plain.null_text is None
+
+
 def test_class_log_probs_equal_one_by_one() -> None:
     flow = perturb(FLOWS["srcflow"]()).double()
     x = data(flow)
@@ -394,6 +406,40 @@ def test_normalisation_refuses_a_constant_channel() -> None:
     for make in (ChannelNormalization, Whitening):
         with pytest.raises(ConfigError, match="does not vary"):
             make(2).fit(torch.zeros(2), covariance)
+
+
+def test_a_bad_batch_does_not_spoil_the_learned_prior() -> None:
+    flow = FLOWS["tarflow-volume-preserving"]()
+    flow.update_prior(torch.full((2, 6, 3), float("nan")))
+    assert torch.equal(flow.prior_std, torch.ones(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: presets.srcflow(GRID, 3, 32, [1], condition="tabel", head_dim=16), "srcflow.condition = 'tabel'"),
+        (lambda: presets.srcflow(GRID, 3, 32, [1], normalization="Channel", head_dim=16), "Known: channel, whitening, none"),
+        (lambda: presets.srcflow(GRID, 3, 32, [1], num_classes=-1, head_dim=16), "num_classes = -1"),
+        (lambda: presets.starflow(GRID, 3, 32, [1], condition_blocks="al", head_dim=16), "Known: deep, all"),
+        (lambda: block(norm="layr"), "block.norm = 'layr'"),
+        (lambda: block(mlp="gatd"), "block.mlp = 'gatd'"),
+        (lambda: block(layers=-1), "block.layers = -1"),
+        (lambda: block(clip=-1.0), "block.clip = -1.0"),
+        (lambda: ClassTable(3, 8, null="lerned"), "Known: mean, learned"),
+        (lambda: Gaussian(-3.0), "at least 0"),
+        (lambda: Linear(Annealed(-1.0)), "at least 0"),
+    ],
+)
+def test_typing_errors_are_refused(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_shapes_can_be_tried_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        flow = presets.srcflow(4, 8, 64, [1, 2], num_classes=3)
+        out = flow(torch.empty(2, 16, 8), Condition(labels=torch.zeros(2, dtype=torch.long)))
+    assert out.z.shape == (2, 16, 8)
 
 
 def test_soft_clip_touches_what_it_names() -> None:

@@ -15,13 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 from srcflow import artifacts
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.callbacks.ema import EMA
-from srcflow.errors import ConfigError, NonFiniteError
+from srcflow.compressors.identity import Identity
+from srcflow.errors import ConfigError, NonFiniteError, SrcflowError
 from srcflow.flows import presets
 from srcflow.flows.flow import Flow
 from srcflow.guidance.linear import Linear
 from srcflow.metrics.features.base import Extractor
+from srcflow.metrics.frechet import save_reference
 from srcflow.noise import Constant
 from srcflow.pipeline import Pipeline
+from srcflow.tasks import flow_evaluation
 from srcflow.tasks.flow import FlowTask
 from srcflow.tasks.flow_evaluation import Evaluation
 from srcflow.tasks.optimization import Optimization
@@ -131,7 +134,7 @@ def test_guidance_and_sample_count_change_at_test_time(tmp_path: Path, codec: st
     numbers = []
     for guidance, samples in ((None, 24), (Linear(3.0), 24), (None, 16)):
         torch.manual_seed(0)
-        flow = perturb(presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32), 0.1)
+        flow = perturb(presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32, normalization="none"), 0.1)
         evaluation = Evaluation(samples=samples, extractor=Means(), baseline_batches=0, classified=0)
         file = tmp_path / "m.json"
         task = make(codec, flow=flow, evaluation=evaluation, guidance=guidance, metrics_file=str(file))
@@ -144,24 +147,91 @@ def test_guidance_and_sample_count_change_at_test_time(tmp_path: Path, codec: st
     assert "nll_gaussian" not in numbers[0]
 
 
-def test_the_baseline_is_the_gaussian_of_the_training_codes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codes_per_dimension", [2, 10])
+def test_the_baseline_is_the_gaussian_of_the_training_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes_per_dimension: int
+) -> None:
+    monkeypatch.setattr(flow_evaluation, "FULL_GAUSSIAN_SAMPLES", codes_per_dimension)
     codec = str(artifacts.save(tmp_path / "codec", PixelPatches(12, 12)))
-    flow = presets.srcflow((1, 1), 432, 32, [1], num_classes=3, head_dim=32)
+    flow = perturb(presets.srcflow((1, 1), 432, 32, [1], num_classes=3, head_dim=32, normalization="none"), 0.01)
 
     class Plenty(SquaresData):
         def train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(Squares(900, 0), batch_size=50)
 
-    task = make(codec, flow=flow, evaluation=Evaluation(samples=0, classified=0), metrics_file=str(tmp_path / "m.json"))
+    task = make(codec, flow=flow, evaluation=Evaluation(samples=0, classified=20), metrics_file=str(tmp_path / "m.json"))
     trainer(tmp_path, callbacks=[]).test(task, Plenty(), verbose=False)
-    found = json.loads((tmp_path / "m.json").read_text())["metrics"]["nll_gaussian"]
+    written = json.loads((tmp_path / "m.json").read_text())
 
     def codes(loader: Any, purpose: str) -> Tensor:
         return torch.cat([task.codes(b, purpose, 0) for b in loader]).flatten(1).double()
 
     train, test = codes(Plenty().train_dataloader(), "baseline"), codes(Plenty().test_dataloader(), "test")
+    # one token: both kinds have the same covariance, and the name says which was asked for
     gaussian = torch.distributions.MultivariateNormal(train.mean(0), torch.cov(train.T, correction=0))
-    assert found == pytest.approx(float(-gaussian.log_prob(test).mean() / 432), rel=1e-3)
+    found, chosen = written["metrics"], task._evaluator._classified
+    assert written["protocol"]["gaussian"] == {"covariance": "full" if codes_per_dimension == 2 else "token", "samples": 900}
+    assert found["nll_gaussian"] == pytest.approx(float(-gaussian.log_prob(test).mean() / 432), rel=1e-3)
+    assert int(chosen.sum()) == 20
+    on_chosen = float(-gaussian.log_prob(test[chosen]).mean() / 432)
+    assert found["nll_gaussian_classified"] == pytest.approx(on_chosen, rel=1e-3)
+    joint = flow.class_log_probs(test[chosen].float().reshape(-1, 1, 432)).detach()
+    marginal = torch.logsumexp(joint, 1) - torch.log(torch.tensor(3.0))
+    assert found["nll_marginal"] == pytest.approx(float(-marginal.mean() / 432), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [
+        ({"samples": 33}, "evaluation.samples = 33: there are 32 test images"),
+        ({"samples": 24, "reference": "nowhere.npz"}, "no file nowhere.npz"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_sampling(tmp_path: Path, codec: str, evaluation: dict[str, Any], words: str) -> None:
+    flow = presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32, normalization="none")
+    task = make(codec, flow=flow, evaluation=Evaluation(extractor=Means(), baseline_batches=0, **evaluation))
+    task.sample_images = None  # type: ignore[method-assign,assignment]
+    with pytest.raises(SrcflowError, match=words):
+        trainer(tmp_path, callbacks=[]).test(task, SquaresData(), verbose=False)
+
+
+def test_a_reference_file_replaces_the_real_side_of_gfid(tmp_path: Path, codec: str) -> None:
+    save_reference(tmp_path / "ref.npz", torch.zeros(12), torch.eye(12))
+    values = []
+    for reference in (None, str(tmp_path / "ref.npz")):
+        torch.manual_seed(0)
+        flow = perturb(presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32, normalization="none"), 0.1)
+        evaluation = Evaluation(samples=24, extractor=Means(), reference=reference, baseline_batches=0, classified=0, labels="random")
+        task = make(codec, flow=flow, evaluation=evaluation, metrics_file=str(tmp_path / "m.json"))
+        trainer(tmp_path, callbacks=[]).test(task, SquaresData(), verbose=False)
+        values.append(json.loads((tmp_path / "m.json").read_text())["metrics"])
+    assert values[0]["gfid_24"] != values[1]["gfid_24"]
+    assert values[0]["rfid_24"] == values[1]["rfid_24"]
+
+
+def test_an_untrained_flow_is_not_evaluated(tmp_path: Path, codec: str) -> None:
+    with pytest.raises(ConfigError, match="--ckpt_path FILE"):
+        trainer(tmp_path, callbacks=[]).test(make(codec), SquaresData(), verbose=False)
+
+
+def test_statistics_batches_limit_what_the_normalisation_sees(tmp_path: Path, codec: str) -> None:
+    means = []
+    for limit in (1, None):
+        task = make(codec, statistics_batches=limit)
+        trainer(tmp_path, steps=3).fit(task, SquaresData())
+        means.append(task.flow.normalization.mean.clone())
+    assert not torch.allclose(means[0], means[1], atol=1e-6)
+    torch.testing.assert_close(means[0], means[1], atol=0.2, rtol=0)
+
+
+def test_a_moved_codec_is_named(tmp_path: Path) -> None:
+    base = artifacts.save(tmp_path / "codec", PixelPatches(12, 6))
+    top = tmp_path / "identity"
+    artifacts.save(top, Identity(108), manifest={"built_on": {"autoencoder": artifacts.reference(base, start=top)}})
+    base.rename(tmp_path / "moved")
+    with pytest.raises(SrcflowError, match="Name its new place"):
+        trainer(tmp_path, steps=3).fit(make(str(top)), SquaresData())
+    trainer(tmp_path, steps=3).fit(make(str(top), autoencoder=str(tmp_path / "moved")), SquaresData())
 
 
 def test_validation_does_not_depend_on_the_batch_size(tmp_path: Path, codec: str) -> None:
@@ -170,7 +240,9 @@ def test_validation_does_not_depend_on_the_batch_size(tmp_path: Path, codec: str
         data = SquaresData()
         data.batch_size = size
         torch.manual_seed(0)
-        task = make(codec, flow=perturb(presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32)).double())
+        task = make(
+            codec, flow=perturb(presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32, normalization="none")).double()
+        )
         values.append(trainer(tmp_path, callbacks=[], precision="64-true").validate(task, data, verbose=False)[0]["val/nll"])
     assert values[0] == pytest.approx(values[1], abs=1e-6)
 
@@ -203,7 +275,8 @@ def test_non_finite_steps_are_skipped_counted_and_fatal(codec: str, tmp_path: Pa
 
 
 def test_predict(codec: str, tmp_path: Path) -> None:
-    out = trainer(tmp_path, callbacks=[]).predict(make(codec), SquaresData())
+    flow = presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32, normalization="none")
+    out = trainer(tmp_path, callbacks=[]).predict(make(codec, flow=flow), SquaresData())
     assert out is not None
     first: Any = out[0]
     assert first["nll"].shape == (16,)
