@@ -171,6 +171,20 @@ def test_zero_weights_cost_nothing(autoencoder: Make, pictures: Make, trainer: M
     assert task.discriminator is None
 
 
+def test_a_perceptual_loss_may_set_in_late(autoencoder: Make, pictures: Make, trainer: Make, encoder: Make) -> None:
+    class Counted(EncoderPerceptual):
+        calls = 0
+
+        def distance(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            Counted.calls += 1
+            return super().distance(pred, target)
+
+    trainer(max_steps=4).fit(stage_0(autoencoder(), perceptual=Counted(encoder(8, 3)), perceptual_from=3), datamodule=pictures())
+    assert Counted.calls == 1
+    with pytest.raises(ConfigError, match="perceptual_from = -1"):
+        stage_0(autoencoder(), perceptual_from=-1)
+
+
 def test_a_perceptual_loss_is_added(autoencoder: Make, pictures: Make, trainer: Make, encoder: Make) -> None:
     task = stage_0(autoencoder(), perceptual=EncoderPerceptual(encoder(8, 3)), perceptual_weight=2.0)
     t = trainer(max_steps=1)
