@@ -54,7 +54,7 @@ def test_the_table_says_what_was_met(
     written(demo, tmp_path)
     demo.summary({"data": 60.0}, 60.0, "bf16-mixed")
     lines = capsys.readouterr().out.splitlines()
-    verdicts = {line.split("  ")[1].strip(): line for line in lines if line.endswith("met") or line.endswith("NOT MET")}
+    verdicts = {line.split("  ")[1].strip(): line for line in lines if line.endswith(("met", "NOT MET"))}
     assert [v.endswith("NOT MET") for v in verdicts.values()] == [False, True, False, False, False]
     combined = json.loads((tmp_path / demo.RUN / "metrics.json").read_text())
     assert combined["flow"]["metrics"]["accuracy"] == 0.8
