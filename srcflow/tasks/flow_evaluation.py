@@ -285,10 +285,13 @@ class FlowEvaluator:
         limit = self.settings.baseline_batches
         if limit == 0:
             return None
-        kinds: tuple[Literal["full", "token"], ...] = ("full", "token") if self.dims <= FULL_GAUSSIAN_DIMS else ("token",)
+        datamodule = cast(Any, self.task.trainer).datamodule
+        datamodule.setup("fit")
+        most = _samples(datamodule.train_dataloader(), limit)
+        possible = self.dims <= FULL_GAUSSIAN_DIMS and (most is None or most >= FULL_GAUSSIAN_SAMPLES * self.dims)
+        kinds: tuple[Literal["full", "token"], ...] = ("full", "token") if possible else ("token",)
         fits = {kind: GaussianBaseline(self.dims // self.flow.channels, self.flow.channels, kind) for kind in kinds}
         count = torch.zeros((), dtype=torch.float64, device=self.task.device)
-        cast(Any, self.task.trainer).datamodule.setup("fit")
         for batch in self.task.training_batches(limit):
             codes = self.task.codes(batch, "baseline", 0)
             count += batch["valid"].sum()
@@ -352,6 +355,15 @@ def _test_size(task: FlowTask) -> int:
     loaders = task.trainer.test_dataloaders
     loader = loaders[0] if isinstance(loaders, list) else loaders
     return len(cast(Any, loader).dataset)
+
+
+def _samples(loader: Any, limit: int | None) -> int | None:
+    """How many samples `limit` batches of a loader hold at most; None if it does not tell (a stream)."""
+    try:
+        size = len(loader.dataset)
+    except (AttributeError, TypeError):
+        return None
+    return size if limit is None or loader.batch_size is None else min(size, limit * int(loader.batch_size))
 
 
 def _share(n: int, rank: int, world: int) -> int:
