@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -278,7 +278,8 @@ class FlowTask(Task):
         """Negative log-likelihood under fixed noise, and its parts."""
         codes = self.codes(batch, "validation", 0)
         valid = batch["valid"].to(self.device)
-        with watch_logits() if batch_idx == 0 else nullcontext([]) as logits:
+        watch: AbstractContextManager[list[Tensor]] = watch_logits() if batch_idx == 0 else nullcontext([])
+        with watch as logits:
             _, outputs, logdet = self.flow.steps(codes, self.condition(batch, dropout=False))
         prior = -normal_log_prob(outputs[-1].z, self.flow.prior_std if self.flow.learn_prior else None)
         self._totals["count"] += valid.sum()
