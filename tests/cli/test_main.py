@@ -161,7 +161,7 @@ def test_arguments_and_environment_are_left_as_they_were(monkeypatch: pytest.Mon
     [
         (["fitt"], ["'fitt' is no command", "Did you mean fit?", "sample"]),
         (["fit", "--model=FakeTusk"], ["model = 'FakeTusk'", "Did you mean FakeTask", "Known:", "FlowTask"]),
-        (["fit", "--data=FakeDat"], ["data = 'FakeDat'", "Did you mean FakeData?"]),
+        (["fit", "--data=FakeDat"], ["data = 'FakeDat'", "Did you mean FakeData"]),
         (["fit", "--model=FakeTask", "--model.net=FakeNot"], ["model.net = 'FakeNot'", "Known: FakeNet."]),
         (["fit", *RUN, "--model.guidance=Linaer"], ["model.guidance = 'Linaer'", "Did you mean Linear?", "Gaussian"]),
         (["fit", *RUN, "--model.net.coupling=Afine"], ["model.net.coupling = 'Afine'", "Affine?", "Additive"]),

@@ -48,12 +48,23 @@ class FakePipeline:
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     fake = FakePipeline(CLASSES)
-    monkeypatch.setattr(srcflow.pipeline.Pipeline, "from_pretrained", lambda path: fake)
+    fake.loaded = []
+
+    def load(path: str, **how: str | None) -> FakePipeline:
+        fake.loaded.append({"path": path, **how})
+        return fake
+
+    monkeypatch.setattr(srcflow.pipeline.Pipeline, "from_pretrained", load)
     return fake
 
 
 def sample(out: Path, *more: str) -> None:
     main(["sample", "--pipeline=somewhere", f"--out={out}", "--device=cpu", *more])
+
+
+def test_moved_parts_and_raw_weights_are_asked_for(tmp_path: Path, pipeline: FakePipeline) -> None:
+    sample(tmp_path / "s.npz", "--n=1", "--autoencoder=a", "--compressor=c", "--weights=raw")
+    assert pipeline.loaded == [{"path": "somewhere", "weights": "raw", "autoencoder": "a", "compressor": "c"}]
 
 
 def test_npz_is_what_evaluators_read(tmp_path: Path, pipeline: FakePipeline) -> None:
