@@ -20,7 +20,7 @@ help:
 	@echo "make test       lint, types and the tests"
 	@echo "make test-slow  tests that take minutes, and those for a GPU where there is one"
 	@echo "make lint       ruff and import-linter"
-	@echo "make types      mypy, strict"
+	@echo "make types      mypy --strict"
 	@echo "make docs       the documentation, in site/"
 	@echo "make bench      speed of the parts"
 	@echo "make clean      remove caches and what was built; .venv and runs/ stay"
@@ -42,7 +42,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 types: $(VENV)/.dev
-	$(BIN)/mypy srcflow  # strict: pyproject.toml, with the exceptions that it gives reasons for
+	$(BIN)/mypy --strict srcflow
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -421,6 +421,6 @@ def locate(
 
 def _is_bundle(root: Path) -> bool:
     try:
-        return json.loads((root / artifacts.MANIFEST).read_text()).get("kind") == BUNDLE
+        return bool(json.loads((root / artifacts.MANIFEST).read_text()).get("kind") == BUNDLE)
     except (OSError, ValueError):
         return False

@@ -116,7 +116,7 @@ class RepresentationAutoencoder(Autoencoder):
     @torch.no_grad()
     def features(self, images: Tensor) -> tuple[Tensor, Grid]:
         """See `Autoencoder.features`: the encoder's tokens of unit RMS."""
-        return self.encoder(images)
+        return self.encoder(images)  # type: ignore[no-any-return]  # torch is untyped here
 
     def normalize(self, raw: Tensor, noise: Tensor | None = None) -> Tensor:
         """See `Autoencoder.normalize`: (raw + noise - mean) / sqrt(var + eps), at least float32.

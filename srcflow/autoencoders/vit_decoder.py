@@ -66,7 +66,7 @@ class ViTDecoder(nn.Module, metaclass=Recorded):
         self.head = nn.Linear(dim, patch * patch * channels)
         with torch.no_grad():  # a fresh head draws grey: channels that start apart stay noisy where images have no colour
             for t in (self.head.weight, self.head.bias):
-                by_channel = t.unflatten(0, (patch * patch, channels))
+                by_channel = t.unflatten(0, (patch * patch, channels))  # type: ignore[no-untyped-call]  # torch is untyped here
                 by_channel.copy_(by_channel[:, :1].expand_as(by_channel).clone())
 
     pos_embed: Tensor
@@ -105,7 +105,7 @@ class ViTDecoder(nn.Module, metaclass=Recorded):
         with favourable_kernel(x, x.shape[1]):
             for block in self.blocks:
                 x = block(x)
-        return self.head(self.norm(x))[:, 1:]
+        return self.head(self.norm(x))[:, 1:]  # type: ignore[no-any-return]  # torch is untyped here
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Images (B, C, H, W) in the encoder's normalised units from `forward`'s patches (B, N0, p * p * C)."""

@@ -41,12 +41,12 @@ class Conv(PCAStarted):
     def compress(self, x: Tensor, grid: Grid) -> Tensor:
         """See `Compressor.compress`; at least float32."""
         check_tokens(x, self.dim, grid, "features")
-        return self.enc(x, grid)
+        return self.enc(x, grid)  # type: ignore[no-any-return]  # torch is untyped here
 
     def expand(self, codes: Tensor, grid: Grid) -> Tensor:
         """See `Compressor.expand`; at least float32."""
         check_tokens(codes, self.code_dim, grid, "codes")
-        return self.dec(codes, grid)
+        return self.dec(codes, grid)  # type: ignore[no-any-return]  # torch is untyped here
 
     def last_layer(self) -> nn.Parameter:
         """See `Compressor.last_layer`: the weight of the decoding half's last linear map."""
@@ -70,7 +70,7 @@ class _Half(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         for block in self.blocks:
             x = x + block(x, grid)
-        return self.last(x)
+        return self.last(x)  # type: ignore[no-any-return]  # torch is untyped here
 
     @torch.no_grad()
     def close(self) -> None:
@@ -91,4 +91,4 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         maps = self.norm(x).transpose(1, 2).unflatten(2, tuple(grid))
-        return self.conv2(F.gelu(self.conv1(maps))).flatten(2).transpose(1, 2)
+        return self.conv2(F.gelu(self.conv1(maps))).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]  # torch is untyped here

@@ -28,12 +28,12 @@ class Linear(PCAStarted):
     def compress(self, x: Tensor, grid: Grid) -> Tensor:
         """See `Compressor.compress`; at least float32."""
         check_tokens(x, self.dim, grid, "features")
-        return self.enc(x)
+        return self.enc(x)  # type: ignore[no-any-return]  # torch is untyped here
 
     def expand(self, codes: Tensor, grid: Grid) -> Tensor:
         """See `Compressor.expand`; at least float32."""
         check_tokens(codes, self.code_dim, grid, "codes")
-        return self.dec(codes)
+        return self.dec(codes)  # type: ignore[no-any-return]  # torch is untyped here
 
     def last_layer(self) -> nn.Parameter:
         """See `Compressor.last_layer`: the weight of the map d -> D."""

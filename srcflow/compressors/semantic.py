@@ -62,12 +62,12 @@ class Semantic(PCAStarted):
     def compress(self, x: Tensor, grid: Grid) -> Tensor:
         """See `Compressor.compress`; at least float32, under autocast too (the last linear map is computed in float32)."""
         check_tokens(x, self.dim, grid, "features")
-        return self.enc(x, grid)
+        return self.enc(x, grid)  # type: ignore[no-any-return]  # torch is untyped here
 
     def expand(self, codes: Tensor, grid: Grid) -> Tensor:
         """See `Compressor.expand`; at least float32, as `compress`."""
         check_tokens(codes, self.code_dim, grid, "codes")
-        return self.dec(codes, grid)
+        return self.dec(codes, grid)  # type: ignore[no-any-return]  # torch is untyped here
 
     def last_layer(self) -> nn.Parameter:
         """See `Compressor.last_layer`: the weight of the decoding half's last linear map."""
@@ -95,7 +95,7 @@ class _Half(nn.Module):
         x = self.first(x) + self._positions(grid)
         for layer in self.layers:
             x = layer(x)
-        return self.last(x)
+        return self.last(x)  # type: ignore[no-any-return]  # torch is untyped here
 
     def _positions(self, grid: Grid) -> Tensor:
         if tuple(grid) == self.grid:
@@ -126,4 +126,4 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x), causal=False)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]  # torch is untyped here

@@ -103,7 +103,7 @@ class ImageShardsStream(IterableDataset[Sample]):
         self.samples = ImageShardsDataset(index, transform, num_classes)
         self.batch_size, self.seed, self.rank, self.world_size, self.buffer = batch_size, seed, rank, world_size, buffer
         self.steps = len(index) // (world_size * batch_size)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # torch is untyped here
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields, in all workers."""

@@ -140,7 +140,10 @@ class TimmViT(Encoder):
         side = math.isqrt(table.shape[1] - prefix)
         if side * side != table.shape[1] - prefix or (side, side) == (rows, columns):
             return table  # the right grid, or a layout that timm's own conversion knows
-        return resample_abs_pos_embed(table, [rows, columns], [side, side], prefix, interpolation="bicubic", antialias=self.antialias)
+        resampled: Tensor = resample_abs_pos_embed(
+            table, [rows, columns], [side, side], prefix, interpolation="bicubic", antialias=self.antialias
+        )
+        return resampled
 
 
 def _create(name: str, arguments: dict[str, Any], pretrained: bool = False) -> Any:

@@ -67,7 +67,7 @@ class Layer(nn.Module):
     ) -> Tensor:
         """(B, m, width) to (B, m, width); arguments as `Attention.forward`."""
         x = x + self.post_norm1(self.attn(self.norm1(x), rotation=rotation, causal=causal, temperature=temperature, cache=cache, at=at))
-        return x + self.post_norm2(self.mlp(self.norm2(x)))
+        return x + self.post_norm2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]  # torch is untyped here
 
 
 class _Prepared(NamedTuple):
@@ -258,7 +258,7 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
             h = h + prepared.table[:, slot : slot + inputs.shape[1]].to(h.dtype)
         if prepared.added is not None:
             h = h + prepared.added.to(h.dtype)
-        return h
+        return h  # type: ignore[no-any-return]  # torch is untyped here
 
     def _run(self, h: Tensor, rotation: tuple[Tensor, Tensor] | None, temperature: float | Tensor) -> Tensor:
         for i, layer in enumerate(self.layers):
@@ -281,9 +281,8 @@ class TransformerBlock(nn.Module, metaclass=Recorded):
         with without_autocast(h):
             dtype = torch.promote_types(torch.promote_types(h.dtype, self.head.weight.dtype), torch.float32)
             h = self.final_norm(h.to(dtype))
-            out = F.linear(h, self.head.weight.to(dtype), self.head.bias.to(dtype)).unflatten(
-                -1, (self.coupling.params_per_channel, self.channels)
-            )
+            out = F.linear(h, self.head.weight.to(dtype), self.head.bias.to(dtype))
+            out = out.reshape(*out.shape[:-1], self.coupling.params_per_channel, self.channels)
             return soft_clip(out, self.clip, None if self.clip_what == "both" else self.coupling.scale_rows)
 
     def _zeros(self, like: Tensor, tokens: int) -> Tensor:

@@ -115,7 +115,7 @@ class TextPrefix(Conditioner):
             )
         if condition.mask is not None:
             text = text * condition.mask[..., None].to(text.dtype)
-        return self.proj(text.to(self.proj.weight.dtype))
+        return self.proj(text.to(self.proj.weight.dtype))  # type: ignore[no-any-return]  # torch is untyped here
 
 
 def _classes(n: int) -> int:

@@ -173,7 +173,7 @@ class Flow(nn.Module, metaclass=Recorded):
         if self.normalization is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
             return x, x.new_zeros(x.shape[0], dtype=dtype)
-        return self.normalization(x)
+        return self.normalization(x)  # type: ignore[no-any-return]  # torch is untyped here
 
     def blocks_forward(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> list[BlockOutput]:
         """Every block's output from data x (B, N, d), in the order of `forward`; the normalisation comes before the first."""
@@ -208,7 +208,7 @@ class Flow(nn.Module, metaclass=Recorded):
     def log_prob(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> Tensor:
         """Log-density (B,) of data x (B, N, d) in nats, under the (possibly learned) prior."""
         out = self(x, condition, grid=grid)
-        return normal_log_prob(out.z, self._prior(out.z.shape[1])) + out.logdet
+        return normal_log_prob(out.z, self._prior(out.z.shape[1])) + out.logdet  # type: ignore[no-any-return]  # torch is untyped here
 
     def class_log_probs(self, x: Tensor, *, grid: Grid | None = None) -> Tensor:
         """Log-densities (B, classes) of data x (B, N, d) under every class, in nats; blocks that see no class are run once.

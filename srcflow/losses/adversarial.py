@@ -168,7 +168,7 @@ class Adversarial(nn.Module, metaclass=Recorded):
         (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
         dtype = torch.promote_types(of_reconstruction.dtype, torch.float32)
         ratio = of_reconstruction.to(dtype).norm() / (of_adversarial.to(dtype).norm() + 1e-4)
-        return (self.weight * ratio.clamp(max=self.max_adaptive)).detach()
+        return (self.weight * ratio.clamp(max=self.max_adaptive)).detach()  # type: ignore[no-any-return]  # torch is untyped here
 
     @contextmanager
     def _heads_fixed(self) -> Iterator[None]:

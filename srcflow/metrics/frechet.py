@@ -49,13 +49,14 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
         raise DataError("the moments of a Frechet distance are not finite: some features were NaN or infinite.")
     root = torch.linalg.svdvals(_symmetric_root(sigma1) @ _symmetric_root(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root
-    return distance.clamp_min(0)  # the exact value is not negative; rounding can leave -1e-13 for equal sets
+    bounded: Tensor = distance.clamp_min(0)
+    return bounded  # the exact value is not negative; rounding can leave -1e-13 for equal sets
 
 
 def _symmetric_root(sigma: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((sigma + sigma.mT) / 2)
     rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()  # a root would lift 1e-16 to 1e-8
-    return (vectors * torch.where(values > rounding, values, 0).sqrt()) @ vectors.mT
+    return (vectors * torch.where(values > rounding, values, 0).sqrt()) @ vectors.mT  # type: ignore[no-any-return]  # torch is untyped here
 
 
 def load_reference(path: str | Path) -> tuple[Tensor, Tensor]:

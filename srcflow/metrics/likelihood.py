@@ -138,7 +138,7 @@ class GaussianBaseline:
         white = torch.linalg.solve_triangular(factor, (x - self._mean).reshape(-1, self.width).mT, upper=False)
         constant = 0.5 * self.width * math.log(2 * math.pi) + factor.diagonal().log().sum()
         density = (-0.5 * white.square().sum(0) - constant).reshape(shape)
-        return density if self.kind == "full" else density.sum(-1)
+        return density if self.kind == "full" else density.sum(-1)  # type: ignore[no-any-return]  # torch is untyped here
 
     def nll(self, codes: Tensor) -> Tensor:
         """Negative log-likelihood in nats per dimension, (B,) float64; raises as `log_prob` does."""

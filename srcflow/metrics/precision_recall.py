@@ -63,8 +63,9 @@ class PrecisionRecall(Metric):
 
     def _share(self, queries: Tensor, manifold: Tensor) -> float:
         """Share of the queries that lie in some ball of the manifold."""
-        radii = torch.cat([_distances(rows, manifold).kthvalue(self.k + 1, dim=1).values for rows in manifold.split(self.block)])
-        inside = [(_distances(rows, manifold) <= radii).any(1) for rows in queries.split(self.block)]
+        blocks = torch.split(manifold, self.block)
+        radii = torch.cat([_distances(rows, manifold).kthvalue(self.k + 1, dim=1).values for rows in blocks])
+        inside = [(_distances(rows, manifold) <= radii).any(1) for rows in torch.split(queries, self.block)]
         return float(torch.cat(inside).double().mean())
 
 

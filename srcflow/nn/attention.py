@@ -137,7 +137,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal and mask is None and m > 1, enable_gqa=self.kv_heads != self.heads
             )
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # torch is untyped here
 
     def _largest_logit(self, q: Tensor, k: Tensor, *, causal: bool, at: int) -> Tensor:
         k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
@@ -145,4 +145,4 @@ class Attention(nn.Module):
         if causal:
             seen = torch.arange(k.shape[2], device=q.device) <= at + torch.arange(q.shape[2], device=q.device)[:, None]
             logits = logits.masked_fill(~seen, 0.0)
-        return logits.detach().abs().amax()
+        return logits.detach().abs().amax()  # type: ignore[no-any-return]  # torch is untyped here

@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to (..., width)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]  # torch is untyped here
 
 
 class GatedMLP(nn.Module):
@@ -46,4 +46,4 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to (..., width)."""
-        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))  # type: ignore[no-any-return]  # torch is untyped here

@@ -55,9 +55,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     high, cos, sin = x.to(dtype), cos.to(dtype), sin.to(dtype)
     if torch.compiler.is_compiling():  # which does not fuse complex numbers
-        swapped = high.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        swapped = high.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # type: ignore[no-untyped-call]  # torch is untyped here
         signed = torch.stack([-sin, sin], dim=-1).flatten(-2)
-        return (high * cos.repeat_interleave(2, dim=-1) + swapped * signed).to(x.dtype)
+        rotated: Tensor = high * cos.repeat_interleave(2, dim=-1) + swapped * signed
+        return rotated.to(x.dtype)
     # one complex product: several times as fast in eager mode as strided halves
-    turned = torch.view_as_complex(high.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
+    pairs = high.unflatten(-1, (-1, 2)).contiguous()  # type: ignore[no-untyped-call]  # torch is untyped here
+    turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)

@@ -44,8 +44,8 @@ class Unregistered(nn.Module, Generic[M]):
         return self.module(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Unregistered[M]:
-        super()._apply(fn, recurse)
-        self.module._apply(lambda t: _at_least_float32(t, fn(t)), recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch is untyped here
+        self.module._apply(lambda t: _at_least_float32(t, fn(t)), recurse)  # type: ignore[no-untyped-call]  # torch is untyped here
         return self
 
 

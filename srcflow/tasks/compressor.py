@@ -122,7 +122,7 @@ class CompressorTask(ReconstructionTask):
             self.log("train/feature", term.detach(), prog_bar=True)
             loss = loss + self.feature_weight * term
         self.log("train/loss", loss.detach())
-        return loss
+        return loss  # type: ignore[no-any-return]  # torch is untyped here
 
     # --- evaluation ----------------------------------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ class Discriminator:
         """
         loss, logs = self.adversarial.discriminator_loss(real, fake, generator=generator)
         with torch.autocast(loss.device.type, enabled=False):
-            (loss * share).backward()
+            (loss * share).backward()  # type: ignore[no-untyped-call]  # torch is untyped here
         logs = {**logs, "loss": loss.detach()}
         if finish:
             logs["grad_norm"] = self._step(rate)

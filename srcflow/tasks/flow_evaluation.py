@@ -327,7 +327,7 @@ class FlowEvaluator:
         if self.extractor is None:
             raise ConfigError("evaluation.extractor", None, "Frechet distances need one.")
         with torch.autocast(images.device.type, enabled=False):
-            return self.extractor(images.float())
+            return self.extractor(images.float())  # type: ignore[no-any-return]  # torch is untyped here
 
     def _distance(self, name: str) -> FrechetDistance:
         if name not in self._distances:

@@ -81,7 +81,8 @@ class ReferenceBlock(nn.Module):
         return self._split(self.head(hidden + attention @ cache.values[:, :end]))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.coupling.params_per_channel, -1))
+        shaped: Tensor = x.reshape(*x.shape[:-1], self.coupling.params_per_channel, -1)
+        return shaped
 
 
 def trial_block(block: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:

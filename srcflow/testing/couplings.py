@@ -99,7 +99,7 @@ def _log_determinant(coupling: Coupling, x: Tensor, params: Tensor) -> None:
             def token(v: Tensor, b: int = b, i: int = i) -> Tensor:
                 return coupling.forward(v.reshape(1, 1, -1), params[b : b + 1, i : i + 1])[0].reshape(-1)
 
-            jacobian = torch.autograd.functional.jacobian(token, x[b, i])
+            jacobian = torch.autograd.functional.jacobian(token, x[b, i])  # type: ignore[no-untyped-call]  # torch is untyped here
             true = torch.linalg.slogdet(jacobian).logabsdet
             close(
                 logdet[b, i].sum(),

@@ -71,7 +71,7 @@ def _features(encoder: Encoder, images: Tensor, what: str) -> Tensor:
         encoder,
         f"tokens of {what} have an RMS of {float(rms.min()):.4g} to {float(rms.max()):.4g} over the channels, expected 1.",
     )
-    return x
+    return x  # type: ignore[no-any-return]  # torch is untyped here
 
 
 def _shape(encoder: Encoder, images: Tensor, x: Tensor, grid: Grid, what: str) -> None:

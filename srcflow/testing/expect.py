@@ -172,7 +172,7 @@ def check_specification(part: T, base: type[T]) -> registry.Spec:
         part,
         f"what its specification builds has another one: {registry.spec_of(again)}, not {spec}.",
     )
-    return spec
+    return spec  # type: ignore[no-any-return]  # torch is untyped here
 
 
 def check_construction(module: M, base: type[M]) -> M:
