@@ -16,6 +16,7 @@ from srcflow.compressors.semantic import Semantic
 from srcflow.encoders.timm_vit import TimmViT
 from srcflow.errors import ConfigError, ManifestMismatchError, ShapeError
 from srcflow.flows import presets
+from srcflow.guidance.base import Negative
 from srcflow.guidance.gaussian import Gaussian
 from srcflow.noise import Constant
 from srcflow.testing import perturb
@@ -70,6 +71,18 @@ def test_samples_may_be_made_in_parts(pipeline: Pipeline) -> None:
     assert float(whole.max()) <= 1
     assert pipeline.sample(2, seed=0).shape == (2, 3, 16, 16)
     assert not torch.allclose(whole, pipeline.sample(labels, seed=3))
+
+
+def test_a_negative_flow_is_named_by_its_directory(pipeline: Pipeline, tmp_path: Path) -> None:
+    other = perturb(presets.srcflow(2, 4, 32, [1, 2], num_classes=3, head_dim=16), seed=5)
+    place = str(artifacts.save(tmp_path / "other", other))
+    labels = Condition(labels=torch.tensor([0, 1]))
+    by_name, by_hand, plain = (
+        pipeline.sample_codes(labels, seed=0, guidance=Gaussian(1.0, blocks="all", negative=negative))
+        for negative in (Negative(flow=place), Negative(flow=other.eval()), Negative())
+    )
+    assert torch.equal(by_name, by_hand)
+    assert not torch.allclose(by_name, plain)
 
 
 def test_log_prob_is_the_mean_over_draws(pipeline: Pipeline, images: torch.Tensor) -> None:

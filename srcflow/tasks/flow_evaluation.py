@@ -191,7 +191,7 @@ class FlowEvaluator:
         if self._dequantised() and self.autoencoder.bin_width is not None:
             log_prob = torch.tensor(-numbers["nll"] * self.dims, dtype=torch.float64)
             numbers["bits_per_dim"] = float(bits_per_dim(log_prob, self.dims, bin_width=self.autoencoder.bin_width))
-        if classified:
+        if classified and self._reduced("accuracy")[1] > 0:  # a test set without labels has a likelihood all the same
             numbers["accuracy"] = self._mean("accuracy")
         if self.settings.round_trip:
             numbers["round_trip_error"] = self._round_trip()
@@ -343,10 +343,14 @@ class FlowEvaluator:
         kept = values[counted].double()
         self._sums[name] += torch.stack([kept.sum(), kept.new_tensor(float(len(kept)))])
 
+    def _reduced(self, name: str) -> Tensor:
+        """Sum and count over all ranks; a copy, since the reduction is in place."""
+        return cast(Tensor, self.task.trainer.strategy.reduce(self._sums[name].clone(), reduce_op="sum"))
+
     def _mean(self, name: str) -> float:
-        total = cast(Tensor, self.task.trainer.strategy.reduce(self._sums[name], reduce_op="sum"))
+        total = self._reduced(name)
         if total[1] == 0:
-            raise DataError(f"{name}: no sample was measured; the test set is empty, or has no labels.")
+            raise DataError(f"{name}: no sample was measured; the test set is empty.")
         return float(total[0] / total[1])
 
 

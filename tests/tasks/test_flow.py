@@ -209,6 +209,21 @@ def test_a_reference_file_replaces_the_real_side_of_gfid(tmp_path: Path, codec: 
     assert values[0]["rfid_24"] == values[1]["rfid_24"]
 
 
+def test_a_test_set_without_labels_has_a_likelihood_and_no_accuracy(tmp_path: Path, codec: str) -> None:
+    class Unlabelled(SquaresData):
+        def test_dataloader(self) -> DataLoader[Any]:
+            data = Squares(32, 1000)
+            data.labels = torch.full((32,), -1)
+            return DataLoader(data, batch_size=16)
+
+    flow = perturb(presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32, normalization="none"), 0.1)
+    task = make(codec, flow=flow, evaluation=Evaluation(samples=0, baseline_batches=0), metrics_file=str(tmp_path / "m.json"))
+    trainer(tmp_path, callbacks=[]).test(task, Unlabelled(), verbose=False)
+    found = json.loads((tmp_path / "m.json").read_text())["metrics"]
+    assert "accuracy" not in found
+    assert {"nll", "nll_marginal"} <= set(found)
+
+
 def test_an_untrained_flow_is_not_evaluated(tmp_path: Path, codec: str) -> None:
     with pytest.raises(ConfigError, match="--ckpt_path FILE"):
         trainer(tmp_path, callbacks=[]).test(make(codec), SquaresData(), verbose=False)
