@@ -53,6 +53,10 @@ class ArtifactError(SrcflowError):
     """A stage's directory that is missing, incomplete, damaged, or not what the run was built on."""
 
 
+class WeightsError(ArtifactError, ValueError):
+    """Weights that do not fit the model they are meant for; lists every unknown, missing and misshaped key."""
+
+
 class ManifestMismatchError(ArtifactError):
     """A stored manifest disagrees with the run; lists every field that differs."""
 
