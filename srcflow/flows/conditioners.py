@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from srcflow.errors import ConfigError, one_of
+from srcflow.errors import ConfigError, ShapeError, one_of
 from srcflow.registry import Recorded
-from srcflow.types import Condition
+from srcflow.types import NULL_LABEL, Condition
 
 Kind = Literal["labels", "text"]
 
@@ -68,14 +68,16 @@ class ClassToken(Conditioner):
     Args:
         num_classes: number of classes.
         width: width of the block.
+        bias: a vector added to every class's token. Published STARFlow has one: it maps one-hot vectors through a linear layer.
     """
 
     kind = "labels"
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int, width: int, bias: bool = False) -> None:
         super().__init__()
         self.num_classes = _classes(num_classes)
         self.weight = nn.Parameter(torch.randn(num_classes + 1, width) * 1e-2)
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def added(self, condition: Condition) -> None:
         """See `Conditioner.added`: none."""
@@ -84,7 +86,8 @@ class ClassToken(Conditioner):
     def prefix(self, condition: Condition) -> Tensor:
         """See `Conditioner.prefix`."""
         labels = _labels(condition)
-        return self.weight[torch.where(labels < 0, self.num_classes, labels)][:, None]
+        tokens = self.weight[torch.where(labels < 0, self.num_classes, labels)][:, None]
+        return tokens if self.bias is None else tokens + self.bias
 
 
 class TextPrefix(Conditioner):
@@ -116,6 +119,69 @@ class TextPrefix(Conditioner):
         if condition.mask is not None:
             text = text * condition.mask[..., None].to(text.dtype)
         return self.proj(text.to(self.proj.weight.dtype))  # type: ignore[no-any-return]  # torch is untyped here
+
+
+def resolve(
+    condition: Condition | None,
+    batch: int,
+    *,
+    kind: Kind | None,
+    num_classes: int,
+    null: tuple[Tensor, Tensor | None] | None,
+    device: torch.device,
+) -> Condition | None:
+    """The condition with every null filled in, for `batch` rows; None for an unconditional model.
+
+    Args:
+        condition: labels or text; None means the null condition. With text, label -1 marks the rows that take the null text.
+        batch: number of rows.
+        kind: which field the model reads; None for none.
+        num_classes: of a model that reads labels.
+        null: the null text (L, T) and its mask (L,) or None, if they are known.
+        device: of the result.
+
+    Raises:
+        ConfigError: the condition is not of this kind, or a null text is needed and not known.
+        ShapeError: its number of rows is not `batch`.
+    """
+    given = Condition() if condition is None else condition
+    if kind is None:
+        if given.labels is not None or given.text is not None:
+            what = "labels" if given.labels is not None else "text"
+            raise ConfigError("condition", what, "this flow is unconditional.", "Pass no condition.")
+        return None
+    given = given.to(device)
+    for name, field in (("labels", given.labels), ("text", given.text)):
+        if field is not None and field.shape[0] != batch:
+            raise ShapeError(f"condition.{name} has {field.shape[0]} rows for a batch of {batch}.")
+    if kind == "labels":
+        return _resolved_labels(given, batch, num_classes, device)
+    dropped = None if given.labels is None else given.labels < 0
+    if given.text is not None and dropped is None:
+        return Condition(text=given.text, mask=given.mask)
+    if null is None:
+        raise ConfigError("condition.text", None, "the null text is not known.", "Call Flow.set_null(text), or give Condition(text=...).")
+    rows, mask = null[0].expand(batch, -1, -1), None if null[1] is None else null[1].expand(batch, -1)
+    if given.text is None or dropped is None:
+        return Condition(text=rows, mask=mask)
+    if given.text.shape[1:] != rows.shape[1:]:
+        raise ShapeError(f"condition.text is {tuple(given.text.shape)}, the null text {tuple(null[0].shape)}: pad them to one length.")
+    text = torch.where(dropped[:, None, None], rows.to(given.text.dtype), given.text)
+    if given.mask is None and mask is None:
+        return Condition(text=text)
+    ones = torch.ones(text.shape[:2], dtype=torch.bool, device=device)
+    merged = torch.where(dropped[:, None], ones if mask is None else mask, ones if given.mask is None else given.mask)
+    return Condition(text=text, mask=merged)
+
+
+def _resolved_labels(given: Condition, batch: int, num_classes: int, device: torch.device) -> Condition:
+    if given.text is not None:
+        raise ConfigError("condition.text", tuple(given.text.shape), "this flow is conditioned on class labels.")
+    labels = given.labels if given.labels is not None else torch.full((batch,), NULL_LABEL, device=device)
+    # on an accelerator the look would wait for everything before it; indexing fails there by itself
+    if labels.device.type == "cpu" and labels.numel() and not (int(labels.min()) >= NULL_LABEL and int(labels.max()) < num_classes):
+        raise ConfigError("condition.labels", (int(labels.min()), int(labels.max())), f"labels lie in -1 .. {num_classes - 1}.")
+    return Condition(labels=labels)
 
 
 def _classes(n: int) -> int:

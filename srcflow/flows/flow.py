@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from srcflow.errors import ConfigError, ShapeError
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable, ClassToken
+from srcflow.flows.conditioners import ClassTable, ClassToken, Kind, resolve
 from srcflow.flows.denoise import tweedie
+from srcflow.flows.denoiser import Denoiser
 from srcflow.flows.likelihood import normal_log_prob
 from srcflow.flows.normalization import Normalization
+from srcflow.flows.trunk import Trunk
 from srcflow.guidance.base import Guidance
 from srcflow.guidance.guided import GuidedBlock
 from srcflow.nn.permutation import permute
 from srcflow.registry import Recorded
 from srcflow.solvers.base import Solver
 from srcflow.solvers.sequential import Sequential
-from srcflow.types import NULL_LABEL, BlockOutput, CausalBlock, Condition, Context, FlowOutput, Grid
+from srcflow.types import BlockOutput, CausalBlock, Condition, Context, FlowOutput, Grid
 
 
 class GuidanceWarning(UserWarning):
@@ -46,16 +48,28 @@ class Flow(nn.Module, metaclass=Recorded):
         normalization: an invertible first layer (norm2), or None.
         learn_prior: keep the prior's standard deviation as a running average of the noise's second moments, for volume-preserving flows
             (TARFlow with `nvp=False`); otherwise the prior is standard normal.
+        denoiser: a network that predicts the noise in x (STARFlow's learnable denoiser); None for a flow without.
+
+    Attributes:
+        prior_std: (N, d) standard deviation of the prior, used by `log_prob` and sampling only.
+        prior_var: (N, d) the running average itself, whose root is `prior_std`; None without `learn_prior`.
 
     Raises:
         ConfigError: blocks disagree on channels, grid or the kind of condition.
     """
 
     prior_std: Tensor
+    prior_var: Tensor | None
     null_text: Tensor | None
     null_mask: Tensor | None
 
-    def __init__(self, blocks: list[TransformerBlock], normalization: Normalization | None = None, learn_prior: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: list[TransformerBlock],
+        normalization: Normalization | None = None,
+        learn_prior: bool = False,
+        denoiser: Denoiser | None = None,
+    ) -> None:
         super().__init__()
         if not blocks:
             raise ConfigError("flow.blocks", blocks, "a flow has at least one block.")
@@ -70,11 +84,18 @@ class Flow(nn.Module, metaclass=Recorded):
                 )
         if normalization is not None and normalization.channels != self.channels:
             raise ConfigError("flow.normalization.channels", normalization.channels, f"the blocks have channels = {self.channels}.")
-        kinds = {b.conditioner.kind for b in blocks if b.conditioner is not None}
+        if denoiser is not None and (denoiser.channels, denoiser.grid) != (self.channels, self.grid):
+            ours = (self.channels, self.grid)
+            raise ConfigError("flow.denoiser", (denoiser.channels, denoiser.grid), f"channels and grid differ from the blocks' {ours}.")
+        self.self_denoiser = denoiser
+        trunks: list[Trunk] = [*blocks, *([] if denoiser is None else [denoiser])]
+        kinds = {b.conditioner.kind for b in trunks if b.conditioner is not None}
         if len(kinds) > 1:
             raise ConfigError("flow.blocks", sorted(kinds), "blocks read different kinds of condition.")
-        self.kind = next(iter(kinds), None)
-        self.register_buffer("prior_std", torch.ones(self.grid[0] * self.grid[1], self.channels))
+        self.kind: Kind | None = next(iter(kinds), None)
+        ones = torch.ones(self.grid[0] * self.grid[1], self.channels)
+        self.register_buffer("prior_std", ones)
+        self.register_buffer("prior_var", ones.clone() if learn_prior else None)
         self.register_buffer("null_text", None)
         self.register_buffer("null_mask", None)
 
@@ -122,51 +143,9 @@ class Flow(nn.Module, metaclass=Recorded):
             ConfigError: the condition is not of the flow's kind, or a null text is needed and not set.
             ShapeError: its number of rows is not `batch`.
         """
-        given = Condition() if condition is None else condition
-        if self.kind is None:
-            if given.labels is not None or given.text is not None:
-                raise ConfigError(
-                    "condition", "labels" if given.labels is not None else "text", "this flow is unconditional.", "Pass no condition."
-                )
-            return None
         device = self.prior_std.device
-        given = given.to(device)
-        for name, field in (("labels", given.labels), ("text", given.text)):
-            if field is not None and field.shape[0] != batch:
-                raise ShapeError(f"condition.{name} has {field.shape[0]} rows for a batch of {batch}.")
-        if self.kind == "labels":
-            if given.text is not None:
-                raise ConfigError("condition.text", tuple(given.text.shape), "this flow is conditioned on class labels.")
-            labels = given.labels if given.labels is not None else torch.full((batch,), NULL_LABEL, device=device)
-            if (
-                labels.device.type == "cpu"
-                and labels.numel()
-                and not (int(labels.min()) >= NULL_LABEL and int(labels.max()) < self.num_classes)
-            ):
-                raise ConfigError(
-                    "condition.labels", (int(labels.min()), int(labels.max())), f"labels lie in -1 .. {self.num_classes - 1}."
-                )
-            return Condition(labels=labels)
-        null = None if given.labels is None else given.labels < 0
-        if given.text is not None and null is None:
-            return Condition(text=given.text, mask=given.mask)
-        if self.null_text is None:
-            raise ConfigError(
-                "condition.text", None, "the null text is not known.", "Call Flow.set_null(text), or give Condition(text=...)."
-            )
-        rows, mask = self.null_text.expand(batch, -1, -1), None if self.null_mask is None else self.null_mask.expand(batch, -1)
-        if given.text is None or null is None:
-            return Condition(text=rows, mask=mask)
-        if given.text.shape[1:] != rows.shape[1:]:
-            raise ShapeError(
-                f"condition.text is {tuple(given.text.shape)}, the null text {tuple(self.null_text.shape)}: pad them to one length."
-            )
-        text = torch.where(null[:, None, None], rows.to(given.text.dtype), given.text)
-        if given.mask is None and mask is None:
-            return Condition(text=text)
-        ones = torch.ones(text.shape[:2], dtype=torch.bool, device=device)
-        merged = torch.where(null[:, None], ones if mask is None else mask, ones if given.mask is None else given.mask)
-        return Condition(text=text, mask=merged)
+        null = None if self.null_text is None else (self.null_text, self.null_mask)
+        return resolve(condition, batch, kind=self.kind, num_classes=self.num_classes, null=null, device=device)
 
     def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer alone: y (B, N, d) and its log-determinant (B,)."""
@@ -221,7 +200,7 @@ class Flow(nn.Module, metaclass=Recorded):
         ctx = self._context(x, None, grid, 1.0)
         y, logdet = self.normalize(x)
         blocks = self._blocks()
-        first = next(i for i, b in enumerate(blocks) if b.conditioned)
+        first = next((i for i, b in enumerate(blocks) if b.conditioned), len(blocks))
         for o in self._blocks_forward(y, ctx, blocks[:first]):
             y, logdet = o.z, logdet + o.logdet.flatten(1).sum(1)
         columns = []
@@ -303,9 +282,25 @@ class Flow(nn.Module, metaclass=Recorded):
             outputs.append(x)
         return outputs
 
-    def denoise(self, x: Tensor, sigma: float, condition: Condition | None = None, *, grid: Grid | None = None) -> Tensor:
+    def denoise(self, x: Tensor, sigma: float | Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> Tensor:
         """One-step score denoising of x (B, N, d); see `flows.denoise.tweedie`."""
         return tweedie(self, x, sigma, condition, grid=grid)
+
+    def denoiser(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> Tensor:
+        """The learnable denoiser's raw prediction (B, N, d), about the unit noise in x (B, N, d); x - sigma * prediction is denoised (E19).
+
+        Args:
+            x: noisy tokens in raster order.
+            condition: of x; an unconditional denoiser does not look at it.
+            grid: token grid of the call.
+
+        Raises:
+            ConfigError: the flow has no denoiser.
+        """
+        if self.self_denoiser is None:
+            raise ConfigError("flow.denoiser", None, "this flow has no learnable denoiser.", "Use Flow.denoise (the score), or train one.")
+        ctx = self._context(x, condition if self.self_denoiser.conditioned else None, grid, 1.0, resolve=self.self_denoiser.conditioned)
+        return self.self_denoiser(x, ctx)  # type: ignore[no-any-return]  # torch is untyped here
 
     @torch.no_grad()
     def update_prior(self, z: Tensor, rate: float = 0.1) -> None:
@@ -314,22 +309,43 @@ class Flow(nn.Module, metaclass=Recorded):
             return
         moments = z.detach().square().mean(0).to(self.prior_std.dtype)
         if bool(torch.isfinite(moments).all()):  # a bad batch must not spoil the average for good
-            self.prior_std.copy_(self.prior_std.square().lerp(moments, rate).sqrt())
+            self.set_prior(self.prior_variance.lerp(moments, rate))
+
+    @property
+    def prior_variance(self) -> Tensor:
+        """(N, d) variance of the prior: `prior_var` as long as `prior_std` is its root, else the square of `prior_std`."""
+        var = self.prior_var
+        return var if var is not None and torch.equal(var.sqrt(), self.prior_std) else self.prior_std.square()
+
+    @torch.no_grad()
+    def set_prior(self, variance: Tensor) -> None:
+        """Set the prior's variance (N, d); both buffers follow.
+
+        Raises:
+            ConfigError: the flow does not learn its prior.
+        """
+        if self.prior_var is None:
+            raise ConfigError("flow.learn_prior", self.learn_prior, "this flow's prior is standard normal.", "Set learn_prior: true.")
+        self.prior_var.copy_(variance)
+        self.prior_std.copy_(variance.sqrt())
 
     def set_checkpointing(self, every: int) -> None:
         """Recompute every `every`-th layer's activations in the backward pass; 0 switches it off."""
-        for b in self._blocks():
+        for b in self._trunks():
             b.checkpoint_every = every
 
     def compile_layers(self) -> None:
         """torch.compile each transformer layer; parameter names stay as they are."""
-        for b in self._blocks():
+        for b in self._trunks():
             if b.layer_count:
                 for layer in b.layers:
                     layer.compile()
 
     def _blocks(self) -> list[TransformerBlock]:
         return list(self.blocks)  # type: ignore[arg-type]  # only TransformerBlocks are put in
+
+    def _trunks(self) -> list[Trunk]:
+        return [*self._blocks(), *([] if self.self_denoiser is None else [self.self_denoiser])]
 
     def _blocks_forward(self, x: Tensor, ctx: Context, blocks: list[TransformerBlock] | None = None) -> list[BlockOutput]:
         outputs = []
@@ -341,11 +357,13 @@ class Flow(nn.Module, metaclass=Recorded):
             outputs.append(BlockOutput(x, params, logdet))
         return outputs
 
-    def _context(self, x: Tensor, condition: Condition | None, grid: Grid | None, attention_temperature: float | Tensor) -> Context:
+    def _context(
+        self, x: Tensor, condition: Condition | None, grid: Grid | None, attention_temperature: float | Tensor, *, resolve: bool = True
+    ) -> Context:
         grid = self.grid if grid is None else (int(grid[0]), int(grid[1]))
         if x.ndim != 3 or x.shape[2] != self.channels or x.shape[1] != grid[0] * grid[1]:
             raise ShapeError(f"tokens {tuple(x.shape)} do not fit (B, {grid[0]} x {grid[1]}, channels = {self.channels}).")
-        return Context(self.resolve(condition, x.shape[0]), grid, attention_temperature)
+        return Context(self.resolve(condition, x.shape[0]) if resolve else None, grid, attention_temperature)
 
     def _prior(self, tokens: int) -> Tensor | None:
         if not self.learn_prior:
@@ -365,7 +383,7 @@ class Flow(nn.Module, metaclass=Recorded):
             )
         blocks = self._blocks()
         if guidance.blocks == "all":
-            chosen = {i for i, b in enumerate(blocks) if b.layer_count}
+            chosen = {i for i, b in enumerate(blocks) if not b.identity}
         elif guidance.blocks == "deep":
             chosen = {self.deep}
         else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from srcflow.errors import ShapeError
+from srcflow.errors import ConfigError, ShapeError
 from srcflow.nn.permutation import Order, permute
 from srcflow.nn.rope import angles
 from srcflow.registry import Recorded
@@ -60,12 +61,16 @@ class Rotary(Positions):
     Args:
         grid: (rows, columns) that the model is built for; other grids are rescaled to its mean side.
         text_axis: reserve a third axis for text; set in every block of a model that takes text.
+        side: mean side P that coordinates are rescaled to; None means that of `grid`.
     """
 
-    def __init__(self, grid: Grid, text_axis: bool = False) -> None:
+    def __init__(self, grid: Grid, text_axis: bool = False, side: float | None = None) -> None:
         super().__init__()
         self.grid = (grid[0], grid[1])
         self.text_axis = text_axis
+        if side is not None and not side > 0:
+            raise ConfigError("positions.side", side, "must be positive.", "Leave it out for the grid's own.")
+        self.side = math.sqrt(grid[0] * grid[1]) if side is None else float(side)
 
     def table(self, grid: Grid, order: Order) -> None:
         """See `Positions.table`: none."""
@@ -73,6 +78,5 @@ class Rotary(Positions):
 
     def rotation(self, grid: Grid, prefix: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """See `Positions.rotation`."""
-        side = (self.grid[0] * self.grid[1]) ** 0.5
-        a = angles(head_dim, side, grid, prefix, self.text_axis, device)
+        a = angles(head_dim, self.side, grid, prefix, self.text_axis, device)
         return a.cos(), a.sin()
