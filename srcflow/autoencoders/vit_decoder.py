@@ -28,6 +28,8 @@ class ViTDecoder(nn.Module, metaclass=Recorded):
         patch: side p of a token's patch of output pixels.
         grid: token grid it decodes at, one number or [rows, columns]. The output has grid * patch pixels.
         channels: of the images.
+        norm_eps: epsilon of every LayerNorm.
+        qkv_bias: whether queries, keys and values have a bias (the other linear layers always have one).
 
     Raises:
         ConfigError: `dim` is not a multiple of 4 and of `heads`.
@@ -43,23 +45,25 @@ class ViTDecoder(nn.Module, metaclass=Recorded):
         patch: int = 16,
         grid: int | tuple[int, int] = 16,
         channels: int = 3,
+        norm_eps: float = 1e-12,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         from timm.models.vision_transformer import Block
 
         if dim % 4 or dim % heads:
             raise ConfigError("decoder.dim", dim, f"must be a multiple of 4 (sin-cos positions) and of decoder.heads = {heads}.")
-        self.latent_dim, self.dim, self.depth, self.heads = latent_dim, dim, depth, heads
-        self.patch, self.channels = patch, channels
+        self.latent_dim, self.dim, self.depth, self.heads, self.mlp_dim = latent_dim, dim, depth, heads, mlp_dim
+        self.patch, self.channels, self.norm_eps, self.qkv_bias = patch, channels, norm_eps, qkv_bias
         self.grid: Grid = pair(grid, "decoder.grid")
-        norm: Any = partial(nn.LayerNorm, eps=1e-12)
+        norm: Any = partial(nn.LayerNorm, eps=norm_eps)
         self.embed = nn.Linear(latent_dim, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         # in the state, because published checkpoints may hold a table that is no longer sin-cos
         self.register_buffer("pos_embed", sincos_table(dim, self.grid), persistent=True)
         self.blocks = nn.ModuleList(
             # the half guards int(dim * ratio) against rounding down
-            Block(dim, heads, mlp_ratio=(mlp_dim + 0.5) / dim, qkv_bias=True, norm_layer=norm)
+            Block(dim, heads, mlp_ratio=(mlp_dim + 0.5) / dim, qkv_bias=qkv_bias, norm_layer=norm)
             for _ in range(depth)
         )
         self.norm = norm(dim)

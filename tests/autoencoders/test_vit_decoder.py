@@ -33,19 +33,21 @@ def test_positions_column_first_sines_before_cosines() -> None:
             np.testing.assert_array_equal(table[0, 1 + r * columns + c].numpy(), want.astype(np.float32))
 
 
-def test_forward_follows_the_equations() -> None:
+@pytest.mark.parametrize(("eps", "qkv_bias"), [(1e-12, True), (0.5, False)])
+def test_forward_follows_the_equations(eps: float, qkv_bias: bool) -> None:
     """Against a plain transcription of the published forward pass."""
-    d, x = decoder().double(), torch.randn(2, 12, 6, dtype=torch.float64)
+    d, x = decoder(norm_eps=eps, qkv_bias=qkv_bias).double(), torch.randn(2, 12, 6, dtype=torch.float64)
     h = torch.cat([d.cls_token.expand(2, 1, 16), nn.functional.linear(x, d.embed.weight, d.embed.bias)], 1) + d.pos_embed
     for block in d.blocks:
-        n = nn.functional.layer_norm(h, (16,), block.norm1.weight, block.norm1.bias, 1e-12)
-        q, k, v = (n @ block.attn.qkv.weight.T + block.attn.qkv.bias).reshape(2, 13, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        n = nn.functional.layer_norm(h, (16,), block.norm1.weight, block.norm1.bias, eps)
+        q, k, v = (n @ block.attn.qkv.weight.T + (block.attn.qkv.bias if qkv_bias else 0)).reshape(2, 13, 3, 2, 8).permute(2, 0, 3, 1, 4)
         a = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
         h = h + a.transpose(1, 2).reshape(2, 13, 16) @ block.attn.proj.weight.T + block.attn.proj.bias
-        n = nn.functional.layer_norm(h, (16,), block.norm2.weight, block.norm2.bias, 1e-12)
+        n = nn.functional.layer_norm(h, (16,), block.norm2.weight, block.norm2.bias, eps)
         n = nn.functional.gelu(n @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
         h = h + n @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
-    want = nn.functional.layer_norm(h, (16,), d.norm.weight, d.norm.bias, 1e-12) @ d.head.weight.T + d.head.bias
+    want = nn.functional.layer_norm(h, (16,), d.norm.weight, d.norm.bias, eps) @ d.head.weight.T + d.head.bias
+    assert ("blocks.0.attn.qkv.bias" in d.state_dict()) == qkv_bias
     patches = d(x)
     torch.testing.assert_close(patches, want[:, 1:], rtol=1e-10, atol=1e-10)
     image = d.unpatchify(patches)
