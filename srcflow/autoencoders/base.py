@@ -52,6 +52,13 @@ class Autoencoder(nn.Module, metaclass=Recorded):
         """The noise a flow on these features is meant to be trained under, if the autoencoder determines it (dequantisation for pixels)."""
         return None
 
+    def noise_scale(self) -> Tensor | float:
+        """By how much `normalize` scales noise that was added to the raw features: a number, or (N, D) per position and channel.
+
+        A member whose `normalize` multiplies must say by what; one whose `normalize` is not affine, element by element, has no such scale.
+        """
+        return 1.0
+
     def last_layer(self) -> nn.Parameter | None:
         """The parameter at which the adaptive weight of an adversarial loss compares gradient norms; None if nothing is trained."""
         return None

@@ -129,6 +129,10 @@ class RepresentationAutoencoder(Autoencoder):
         divisor = self._scale(x)  # checks the shape
         return (x - self.mean) / divisor
 
+    def noise_scale(self) -> Tensor:
+        """See `Autoencoder.noise_scale`: 1 / sqrt(var + eps), (N, D). Raises ConfigError if the statistics have not been fitted."""
+        return self._scale(self.mean).reciprocal()
+
     def denormalize(self, x: Tensor) -> Tensor:
         """Raw features (B, N, D) of normalised ones: the inverse of `normalize`. Raises as `normalize` does."""
         return x * self._scale(x) + self.mean
