@@ -8,9 +8,7 @@ Only this module knows the chain. It needs neither Lightning nor the command lin
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,20 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import srcflow
 from srcflow import artifacts, randomness
 from srcflow.autoencoders.base import Autoencoder
+from srcflow.chain import PARTS, DenoiserName, check_chain, check_denoising, locate, save_bundle
 from srcflow.compressors.base import Compressor
 from srcflow.compressors.identity import Identity
-from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, ShapeError
+from srcflow.errors import ArtifactError, ConfigError, ShapeError
 from srcflow.flows.flow import Flow
 from srcflow.guidance.base import Guidance
 from srcflow.noise import Noise, draw
 from srcflow.solvers.base import Solver
 from srcflow.types import Condition, Grid
-
-PARTS = {"autoencoder": Autoencoder, "compressor": Compressor, "flow": Flow}
-BUNDLE = "pipeline"
 
 
 class Pipeline:
@@ -132,6 +127,8 @@ class Pipeline:
         solver: Solver | None = None,
         temperature: float = 1.0,
         attention_temperature: float = 1.0,
+        denoise: float | None = None,
+        denoiser: DenoiserName = "score",
     ) -> Tensor:
         """Draw images.
 
@@ -143,9 +140,15 @@ class Pipeline:
             solver: how blocks are inverted; None means `Sequential()`.
             temperature: multiplies the noise.
             attention_temperature: divides the attention logits in every block.
+            denoise: standard deviation of the Gaussian noise that the flow was trained under, in units of the raw features, to take out of
+                the samples (`denoise_codes`); None leaves it in. For flows without a compressor only.
+            denoiser: how: by the flow's own "score", or its "learned" denoiser.
 
         Returns:
             (B, 3, H, W) in [0, 1].
+
+        Raises:
+            ConfigError: denoising does not hold for this chain; says why. Raised before anything is computed.
         """
         return self.decode(
             self.sample_codes(
@@ -156,6 +159,8 @@ class Pipeline:
                 solver=solver,
                 temperature=temperature,
                 attention_temperature=attention_temperature,
+                denoise=denoise,
+                denoiser=denoiser,
             )
         )
 
@@ -170,22 +175,50 @@ class Pipeline:
         solver: Solver | None = None,
         temperature: float = 1.0,
         attention_temperature: float = 1.0,
+        denoise: float | None = None,
+        denoiser: DenoiserName = "score",
     ) -> Tensor:
         """Codes (B, N, d) drawn from the flow; arguments as `sample`."""
         flow = self._flow()
+        check_denoising(self.compressor, flow, denoise, denoiser)
         load_negative(guidance, self.device)
         n = condition if isinstance(condition, int) else len(condition)
+        given = None if isinstance(condition, int) else condition
         z = randomness.normal(self.code_shape, seed=seed, purpose="sample", step=0, indices=self._indices(indices, n)).to(self.device)
         if flow.learn_prior:
             z = z * flow.prior_std
-        return flow.inverse(
+        codes = flow.inverse(
             z,
-            None if isinstance(condition, int) else condition,
+            given,
             guidance=guidance,
             solver=solver,
             temperature=temperature,
             attention_temperature=attention_temperature,
         )
+        return codes if denoise is None else self.denoise_codes(codes, given, denoise=denoise, denoiser=denoiser)
+
+    @torch.no_grad()
+    def denoise_codes(
+        self, codes: Tensor, condition: Condition | None = None, *, denoise: float, denoiser: DenoiserName = "score"
+    ) -> Tensor:
+        """The mean (B, N, d) of what noisy codes (B, N, d) were before the noise, in one step under the condition, without guidance (E16).
+
+        With s the deviation of the noise in the codes, element by element: x + s^2 grad log p(x), or, by the learnable denoiser,
+        x - s times its prediction of the unit noise.
+
+        Args:
+            codes: samples of the flow, or noisy codes of images.
+            condition: labels or text of the codes; None means the null condition.
+            denoise: standard deviation of the noise in units of the raw features; `normalize` scales it (`Autoencoder.noise_scale`).
+            denoiser: "score" or "learned".
+
+        Raises:
+            ConfigError: the noise did not live in the flow's own space, or the flow has no learnable denoiser.
+        """
+        flow = self._flow()
+        check_denoising(self.compressor, flow, denoise, denoiser)
+        s = denoise * self.autoencoder.noise_scale()
+        return codes - s * flow.denoiser(codes, condition) if denoiser == "learned" else flow.denoise(codes, s, condition)
 
     @torch.no_grad()
     def log_prob(
@@ -291,14 +324,20 @@ class Pipeline:
         Args:
             path: the directory.
             weights: averaged or raw weights of the last stage.
-            autoencoder: where the autoencoder's directory is now, if it moved.
-            compressor: where the compressor's directory is now, if it moved.
+            autoencoder: where the autoencoder's directory is now, if it moved; for a flow that records no codec (a converted one), its
+                autoencoder. There is no hash then to tell that it is the right one.
+            compressor: where the compressor's directory is now, likewise; a flow that records no codec and is given none has no compressor.
 
         Raises:
-            ArtifactError: something is missing or damaged.
+            ArtifactError: something is missing or damaged, or the codec is neither recorded nor named.
             ManifestMismatchError: a part is not what the others were built on.
         """
         places = locate(path, autoencoder=autoencoder, compressor=compressor)
+        if "autoencoder" not in places:
+            raise ArtifactError(
+                f"{path} does not record what autoencoder it was built on (a converted flow does not). Name the autoencoder's directory "
+                "(autoencoder: DIRECTORY), and the compressor's if the flow is one of codes (compressor: DIRECTORY)."
+            )
         last = list(places)[-1]
         kind: Literal["model", "raw"] = "raw" if weights == "raw" else "model"
         parts: dict[str, Any] = {
@@ -312,30 +351,7 @@ class Pipeline:
         Raises:
             ArtifactError: the directory exists and is not a bundle.
         """
-        target = Path(path)
-        if target.exists() and any(target.iterdir()) and not _is_bundle(target):
-            raise ArtifactError(f"{target} exists and is not a pipeline; name another directory.")
-        work = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        hashes = {}
-        for role in PARTS:
-            part = getattr(self, role)
-            if part is not None:
-                artifacts.save(work / role, part)
-                hashes[role] = artifacts.content_hash(work / role)
-        manifest = {
-            "format": artifacts.FORMAT,
-            "kind": BUNDLE,
-            "srcflow": srcflow.__version__,
-            "revision": artifacts.revision(),
-            "parts": hashes,
-        }
-        (work / artifacts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        work.rename(target)
-        return target
+        return save_bundle(path, {role: getattr(self, role) for role in PARTS if getattr(self, role) is not None})
 
     def _flow(self) -> Flow:
         if self.flow is None:
@@ -368,59 +384,3 @@ def load_negative(guidance: Guidance | None, device: torch.device | str) -> None
     if isinstance(guidance.negative.flow, str):
         guidance.negative.flow = artifacts.load(locate(guidance.negative.flow)["flow"], Flow)
     guidance.negative.flow.to(device)
-
-
-def check_chain(autoencoder: Autoencoder, compressor: Compressor, flow: Flow | None) -> None:
-    """Refuse parts that do not fit together.
-
-    Raises:
-        ConfigError: names the two keys and values that disagree.
-    """
-    rows, columns = autoencoder.grid
-    if compressor.dim != autoencoder.dim:
-        raise ConfigError("compressor.dim", compressor.dim, f"the autoencoder's features have dim = {autoencoder.dim}.")
-    tokens, channels = compressor.out_shape((rows * columns, autoencoder.dim))
-    if flow is None:
-        return
-    if flow.channels != channels:
-        raise ConfigError("flow.channels", flow.channels, f"the compressor's codes have code_dim = {channels}.")
-    if tokens != rows * columns or tuple(flow.grid) != (rows, columns):
-        raise ConfigError("flow.grid", flow.grid, f"the autoencoder's grid is {autoencoder.grid}: {tokens} tokens.")
-
-
-def locate(
-    path: str | os.PathLike[str],
-    *,
-    autoencoder: str | os.PathLike[str] | None = None,
-    compressor: str | os.PathLike[str] | None = None,
-) -> dict[str, Path]:
-    """The directory of every part of the chain that ends in `path`, in the order autoencoder, compressor, flow; hashes checked.
-
-    Args:
-        path: a bundle, or the directory of a stage.
-        autoencoder: where the autoencoder is now, if it moved.
-        compressor: where the compressor is now, if it moved.
-    """
-    root = Path(path)
-    if _is_bundle(root):
-        recorded = json.loads((root / artifacts.MANIFEST).read_text())["parts"]
-        for role, wanted in recorded.items():
-            found = artifacts.content_hash(artifacts.check(root / role))
-            if found != wanted:
-                raise ManifestMismatchError(
-                    f"{root / role}", {"hash": (wanted, found)}, "The directory was changed or damaged after it was written."
-                )
-        return {role: root / role for role in PARTS if role in recorded}
-    manifest = artifacts.read_manifest(root)
-    built_on = manifest.get("built_on", {})
-    moved = {"autoencoder": autoencoder, "compressor": compressor}
-    places = {role: artifacts.built_on(root, role, moved[role]) for role in ("autoencoder", "compressor") if role in built_on}
-    own = "flow" if manifest["class"] == "Flow" else "compressor" if "autoencoder" in built_on else "autoencoder"
-    return {**places, own: root}
-
-
-def _is_bundle(root: Path) -> bool:
-    try:
-        return bool(json.loads((root / artifacts.MANIFEST).read_text()).get("kind") == BUNDLE)
-    except (OSError, ValueError):
-        return False

@@ -36,7 +36,7 @@ def tweedie(flow: Flow, x: Tensor, sigma: float | Tensor, condition: Condition |
         ConfigError: a deviation is negative or not finite.
         ShapeError: sigma does not broadcast to (N, d), or x does not fit the flow.
     """
-    deviation = checked_sigma(sigma, x)
+    deviation = _checked(sigma, x)
     with torch.inference_mode(False), torch.enable_grad(), _without_weight_cache(x):
         leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True).requires_grad_(True)
         given = None if condition is None else _usable(condition)  # autograd keeps what the flow looks up by it
@@ -45,7 +45,7 @@ def tweedie(flow: Flow, x: Tensor, sigma: float | Tensor, condition: Condition |
     return leaf.detach() + deviation**2 * score
 
 
-def checked_sigma(sigma: float | Tensor, x: Tensor) -> float | Tensor:
+def _checked(sigma: float | Tensor, x: Tensor) -> float | Tensor:
     """A deviation that fits tokens x (B, N, d): a number as it is, a tensor on x's device and in its type, at least float32.
 
     Raises:
@@ -75,7 +75,7 @@ def _usable(condition: Condition) -> Condition:
 def _without_weight_cache(x: Tensor) -> AbstractContextManager[None]:
     """Autocast as it is, but without the copies of the weights that sampling left: autograd cannot keep those of `inference_mode`.
 
-    Torch made such copies up to 2.8.
+    Only older versions of torch make copies there.
     """
     kind = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(kind):
