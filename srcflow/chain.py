@@ -48,27 +48,42 @@ def check_chain(autoencoder: Autoencoder, compressor: Compressor, flow: Flow | N
         raise ConfigError("flow.grid", flow.grid, f"the autoencoder's grid is {autoencoder.grid}: {tokens} tokens.")
 
 
-def check_denoising(compressor: Compressor, flow: Flow, denoise: float | None, denoiser: DenoiserName = "score", *, key: str = "") -> None:
-    """Refuse denoising (E16) where it does not hold: it needs Gaussian noise of a known deviation in the flow's own space.
+def check_denoise(denoise: float | None, denoiser: str = "score", *, key: str = "") -> None:
+    """Refuse values that ask for no denoising.
 
     Args:
-        compressor: what stands between the features, which got the noise, and the flow.
-        flow: the flow.
         denoise: standard deviation of the noise in units of the raw features; None: no denoising.
         denoiser: "score" or "learned".
         key: where the two values stand in a configuration, with its dot.
 
     Raises:
-        ConfigError: the noise went through a compressor, the flow has no such denoiser, or a value is none.
+        ConfigError: `denoise` is no deviation, or `denoiser` is unknown or without effect.
     """
     one_of(f"{key}denoiser", denoiser, get_args(DenoiserName))
     if denoise is None:
         if denoiser != "score":
             cure = "Give the deviation of the noise, or leave denoiser out."
             raise ConfigError(f"{key}denoiser", denoiser, f"does nothing without {key}denoise.", cure)
-        return
-    if not (denoise >= 0 and math.isfinite(denoise)):
+    elif not (denoise >= 0 and math.isfinite(denoise)):
         raise ConfigError(f"{key}denoise", denoise, "a standard deviation is finite and not negative.")
+
+
+def check_denoising(compressor: Compressor, flow: Flow, denoise: float | None, denoiser: str = "score", *, key: str = "") -> None:
+    """Refuse denoising (E16) where it does not hold: it needs Gaussian noise of a known deviation in the flow's own space.
+
+    Args:
+        compressor: what stands between the features, which got the noise, and the flow.
+        flow: the flow.
+        denoise: as for `check_denoise`, like the other two.
+        denoiser: "score" or "learned".
+        key: where the two values stand in a configuration, with its dot.
+
+    Raises:
+        ConfigError: the noise went through a compressor, the flow has no such denoiser, or as `check_denoise`.
+    """
+    check_denoise(denoise, denoiser, key=key)
+    if denoise is None:
+        return
     if not isinstance(compressor, Identity):
         raise ConfigError(
             f"{key}denoise",

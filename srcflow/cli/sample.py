@@ -37,8 +37,8 @@ def configure(parser: Parser) -> None:
     parser.bases = {"guidance": Guidance, "solver": Solver}
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")
     parser.add_argument("--pipeline", type=str, required=True, help="A flow's artifact, or a Pipeline directory.")
-    parser.add_argument("--autoencoder", type=str | None, default=None, help="Where the pipeline's autoencoder is now, if it moved.")
-    parser.add_argument("--compressor", type=str | None, default=None, help="Where the pipeline's compressor is now, if it moved.")
+    parser.add_argument("--autoencoder", type=str | None, default=None, help="Where the autoencoder is, if it moved or is not recorded.")
+    parser.add_argument("--compressor", type=str | None, default=None, help="Where the compressor is, likewise.")
     parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="Averaged or last weights of the last stage.")
     parser.add_argument("--out", type=str, required=True, help="File (.png, .npz) or folder to write.")
     parser.add_argument(
@@ -58,6 +58,15 @@ def configure(parser: Parser) -> None:
     how.add_argument("--solver", type=Solver | None, default=None, help="How the flow is inverted; default: Sequential.")
     how.add_argument("--temperature", type=float, default=1.0, help="Factor of the flow's input noise.")
     how.add_argument("--attention_temperature", type=float, default=1.0, help="Divides every attention logit.")
+    how.add_argument(
+        "--denoise",
+        type=float | None,
+        default=None,
+        help="Deviation of the Gaussian noise that a flow without compressor was trained under, to take out of the samples; e.g. 0.05.",
+    )
+    how.add_argument(
+        "--denoiser", choices=["score", "learned"], default="score", help="With --denoise: by the flow's score, or its learnable denoiser."
+    )
     how.add_argument("--batch_size", type=int, default=64, help="Images per call.")
     how.add_argument("--device", type=str | None, default=None, help="Default: cuda if there is one, else cpu.")
     how.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast; scales stay float32.")
@@ -70,12 +79,15 @@ def run(config: Namespace) -> int:
     _check(config, out, form)
     import torch
 
+    from srcflow.chain import check_denoising
     from srcflow.pipeline import Pipeline
 
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline = Pipeline.from_pretrained(
         config.pipeline, weights=config.weights, autoencoder=config.autoencoder, compressor=config.compressor
     ).to(device)
+    if pipeline.flow is not None and config.denoise is not None:  # before a file is written
+        check_denoising(pipeline.compressor, pipeline.flow, config.denoise, config.denoiser)
     labels = wanted_labels(config, 0 if pipeline.flow is None else pipeline.flow.num_classes)
     n = config.n if labels is None else len(labels)
     batches = drawn(pipeline, n, labels, config, device)
@@ -138,6 +150,8 @@ def drawn(pipeline: Pipeline, n: int, labels: Labels | None, config: Namespace, 
                     solver=config.solver,
                     temperature=config.temperature,
                     attention_temperature=config.attention_temperature,
+                    denoise=config.denoise,
+                    denoiser=config.denoiser,
                 )
             yield start, to_uint8(images)
             bar.update(stop - start)
@@ -196,6 +210,8 @@ def _check(config: Namespace, out: Path, form: str) -> None:
     Raises:
         ConfigError: an argument that cannot be used, or ProblemsError for several.
     """
+    from srcflow.chain import check_denoise
+
     problems = Problems()
     if (config.n is None) == (config.classes is None):
         problems.add(ConfigError("n", config.n, "give either a number of images or classes.", "Write --n 64, or --classes all."))
@@ -205,6 +221,8 @@ def _check(config: Namespace, out: Path, form: str) -> None:
     for key in ("temperature", "attention_temperature"):
         if not config[key] > 0:
             problems.add(ConfigError(key, config[key], "a temperature is positive."))
+    with problems.collect():
+        check_denoise(config.denoise, config.denoiser)
     ending = {"grid": ".png", "npz": ".npz"}.get(form)
     if ending is not None and out.suffix.lower() != ending:
         problems.add(ConfigError("out", str(out), f"a {form} is a {ending} file.", f"Write --out {out.with_suffix(ending)}."))
