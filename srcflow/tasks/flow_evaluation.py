@@ -12,13 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from srcflow import randomness
+from srcflow.chain import DenoiserName, check_denoise, check_denoising
+from srcflow.compressors.base import Compressor
 from srcflow.compressors.identity import Identity
 from srcflow.errors import ConfigError, DataError, Problems
+from srcflow.flows.flow import Flow
 from srcflow.metrics.features.base import Extractor
 from srcflow.metrics.frechet import FrechetDistance, sized_name
 from srcflow.metrics.likelihood import GaussianBaseline, bits_per_dim
 from srcflow.metrics.reconstruction import ReconstructionMetrics
-from srcflow.noise import Dequantisation
+from srcflow.noise import Constant, Dequantisation, Noise
 from srcflow.registry import spec_of
 from srcflow.types import Batch, Condition
 
@@ -46,6 +49,9 @@ class Evaluation:
         baseline_batches: training batches that the Gaussian baseline is fitted on; null: all; 0 switches it off.
         round_trip: samples for the round-trip error.
         floor: whether to measure the real-against-real floor (reads N training images).
+        denoise: deviation of the flow's Gaussian noise, to take out of samples and of noisy reconstructions before they are decoded; for
+            flows without a compressor (TARFlow on pixels). null: they are decoded as they are.
+        denoiser: by the flow's own "score", or its "learned" denoiser.
     """
 
     draws: int = 1
@@ -57,6 +63,8 @@ class Evaluation:
     baseline_batches: int | None = None
     round_trip: int = 16
     floor: bool = True
+    denoise: float | None = None
+    denoiser: DenoiserName = "score"
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -71,7 +79,20 @@ class Evaluation:
                 problems.add(ConfigError(f"evaluation.{key}", getattr(self, key), "must not be negative.", "Write 0 to switch it off."))
         if self.labels not in ("equal", "random"):
             problems.add(ConfigError("evaluation.labels", self.labels, "unknown.", 'Write "equal" or "random".'))
+        with problems.collect():
+            check_denoise(self.denoise, self.denoiser, key="evaluation.")
         problems.raise_if_any()
+
+    def check(self, compressor: Compressor, flow: Flow, noise: Noise | None) -> None:
+        """Refuse what cannot be measured of a flow on these codes, under this noise of the features.
+
+        Raises:
+            ConfigError: the noise cannot be taken out of the codes; says why.
+        """
+        check_denoising(compressor, flow, self.denoise, self.denoiser, key="evaluation.")
+        if self.denoise is not None and not isinstance(noise, Constant):
+            law = f"the flow's noise, {type(noise).__name__}, is not Gaussian of one deviation."
+            raise ConfigError("evaluation.denoise", self.denoise, law, "Write null; a flow trained under Constant is denoised.")
 
 
 STANDARD = Evaluation()
@@ -89,6 +110,7 @@ class FlowEvaluator:
         self.task, self.settings = task, task.evaluation
         self.extractor: Extractor | None = task.outside.get("extractor")  # type: ignore[assignment]
         self.autoencoder, self.compressor, self.flow = task.autoencoder, task.compressor, task.flow
+        self.settings.check(self.compressor, self.flow, task.noise)
         self.dims = self.flow.channels * self.flow.grid[0] * self.flow.grid[1]
         self._total = _test_size(task)
         compared = self.settings.samples if self.extractor is not None else 0
@@ -167,6 +189,10 @@ class FlowEvaluator:
                 self._distance(side).update(real, real=True, valid=keep)
         for name, eps in (("rfid", None), ("rfid_noisy", noise)):
             codes = self.compressor.compress(self.autoencoder.normalize(raw, eps), grid)
+            if name == "rfid_noisy" and self.settings.denoise is not None:
+                codes = self.task.pipeline.denoise_codes(
+                    codes, self.task.condition(batch, dropout=False), denoise=self.settings.denoise, denoiser=self.settings.denoiser
+                )
             decoded = self.autoencoder.decode(self.compressor.expand(codes, grid), grid).float().clamp(0, 1)
             features = self._features(decoded)
             self._distance(name).update(features, valid=keep)
@@ -256,6 +282,8 @@ class FlowEvaluator:
                 guidance=task.guidance,
                 solver=task.solver,
                 temperature=task.temperature,
+                denoise=self.settings.denoise,
+                denoiser=self.settings.denoiser,
             )
 
     def _labels(self, n: int) -> Tensor | None:
