@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.errors import ConfigError, ShapeError
-from srcflow.noise import Dequantisation, draw
+from srcflow.noise import Constant, Dequantisation, draw
 from srcflow.registry import build, spec_of
 
 
@@ -52,10 +54,53 @@ def test_rectangles_and_specification() -> None:
     assert not p.needs_statistics
 
 
-def test_errors() -> None:
-    with pytest.raises(ConfigError, match="patch_size"):
-        PixelPatches(16, 5)
-    with pytest.raises(ConfigError, match="power of two"):
-        PixelPatches(16, 4, levels=100)
+def test_the_linear_scale_is_two_x_minus_one_of_any_value() -> None:
+    p = PixelPatches((8, 12), 4, scale="linear")
+    x = torch.rand(2, 3, 8, 12, dtype=torch.float64)
+    raw, grid = p.features(x)
+    assert (grid, raw.shape, raw.dtype) == ((2, 3), (2, 6, 48), torch.float64)
+    torch.testing.assert_close(raw[0, 0, :4], 2 * x[0, 0, 0, :4] - 1)  # channel slowest
+    torch.testing.assert_close(raw[1, 5, -4:], 2 * x[1, 2, 7, 8:] - 1)
+    torch.testing.assert_close(p.decode(p.normalize(raw), grid), x)
+    black, white = (p.features(torch.full((1, 3, 8, 12), v))[0] for v in (0.0, 1.0))
+    assert (black.unique().tolist(), white.unique().tolist()) == ([-1.0], [1.0])
+
+
+def test_the_linear_scale_decodes_noise_unclamped_and_lets_gradients_pass() -> None:
+    p = PixelPatches(8, 4, scale="linear")
+    raw, _ = p.features(torch.rand(2, 3, 8, 8))
+    eps = draw(Constant(2.0), raw, seed=0, purpose="test", step=0, indices=[0, 1])
+    assert eps is not None
+    noisy = p.normalize(raw, eps).requires_grad_(True)
+    images = p.decode(noisy)
+    assert float(images.min()) < 0
+    assert float(images.max()) > 1
+    (gradient,) = torch.autograd.grad(images.sum(), noisy)
+    assert (gradient == 0.5).all()
+    assert p.decode(raw.half()).dtype == torch.float32
+
+
+def test_only_grey_levels_have_bits_per_dimension_and_a_noise_of_their_own() -> None:
+    levels, linear = PixelPatches(8, 4, levels=32), build(spec_of(PixelPatches(8, 4, scale="linear")), Autoencoder)
+    assert (levels.pixel_density, levels.bin_width) == (True, 2 / 32)
+    assert (linear.pixel_density, linear.bin_width, linear.default_noise()) == (False, None, None)
+    assert levels.noise_scale() == linear.noise_scale() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"patch_size": 5}, "patch_size"),
+        ({"levels": 100}, "power of two"),
+        ({"levels": 32, "scale": "linear"}, "levels = 32: the scale linear has no grey levels"),
+        ({"scale": "log"}, "scale = 'log'.*levels, linear"),
+    ],
+)
+def test_typing_errors_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        PixelPatches(**{"image_size": 16, "patch_size": 4, **arguments})
+
+
+def test_images_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ShapeError, match="channels = 3"):
         PixelPatches(16, 4).features(torch.zeros(1, 1, 16, 16))
