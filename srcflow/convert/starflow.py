@@ -1,0 +1,421 @@
+"""STARFlow's published weights as a `Flow`, and back.
+
+The names of the arguments are those of the published constructor; sizes that the weights show may be left out. What they cannot show
+(`head_dim`, `soft_clip`, `seq_order`, `use_softplus`, `rope`) has the constructor's default: give what the model was built with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from srcflow.convert.config import Sizes, known
+from srcflow.convert.state import Rule, exported, load, precision
+from srcflow.convert.trunks import (
+    UNUSED,
+    Expressible,
+    Shown,
+    State,
+    check_expansion,
+    check_patches,
+    layers_of,
+    patch_of,
+    trunk_rules,
+)
+from srcflow.couplings.affine import Affine
+from srcflow.couplings.base import Coupling
+from srcflow.couplings.softplus_affine import SoftplusAffine
+from srcflow.errors import ConfigError
+from srcflow.flows.block import TransformerBlock
+from srcflow.flows.conditioners import ClassToken, Conditioner, TextPrefix
+from srcflow.flows.denoiser import Denoiser
+from srcflow.flows.flow import Flow
+from srcflow.flows.positions import Learned, Positions, Rotary
+from srcflow.flows.trunk import Trunk
+from srcflow.registry import spec_of
+
+DENOISER = "learnable_self_denoiser"
+
+_FLAGS = {  # key of a block -> (the argument that makes it, its value then)
+    "sos_embed": ("sos", True),
+    "pos_embed": ("rope", False),
+    "final_norm.weight": ("use_final_norm", True),
+    "attn_blocks.0.mlp.gate_proj.weight": ("use_swiglu", True),
+    "attn_blocks.0.attention.query_norm.weight": ("use_qk_norm", True),
+    "attn_blocks.0.attention.post_norm.weight": ("use_post_norm", True),
+    "attn_blocks.0.attention.norm.bias": ("norm_type", "layer_norm"),
+    "attn_blocks.0.attention.qkv.bias": ("use_bias", True),
+}
+
+
+@known
+def starflow(
+    state_dict: State,
+    *,
+    in_channels: int | None = None,
+    img_size: int | None = None,
+    patch_size: int | None = None,
+    channels: int | None = None,
+    num_blocks: int | None = None,
+    layers_per_block: int | Sequence[int] | None = None,
+    head_dim: int | None = None,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    rope: bool = False,
+    pt_seq_len: int | None = None,
+    sos: bool = False,
+    txt_size: int | None = None,
+    txt_dim: int | None = None,
+    num_classes: int | None = None,
+    cond_top_only: bool = False,
+    use_softplus: bool = False,
+    soft_clip: float = 0.0,
+    norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm",
+    use_qk_norm: bool = False,
+    use_post_norm: bool = False,
+    use_swiglu: bool = False,
+    expansion: float | None = None,
+    use_bias: bool = True,
+    use_final_norm: bool = False,
+    seq_order: Literal["R2L", "L2R"] = "R2L",
+    top_block_channels: int | None = None,
+    learnable_self_denoiser: bool = False,
+    conditional_denoiser: bool = False,
+    hf_style_rope: bool = False,
+    use_mm_attn: bool = False,
+    shallow_block_local: bool = False,
+    use_pretrained_lm: str | None = None,
+    denoiser_window: int | None = None,
+    local_attn_window: int | None = None,
+    temporal_causal: int = 0,
+    use_checkpoint: int | None = None,
+    use_checkpoint_mlp: int | None = None,
+) -> Flow:
+    """STARFlow (arXiv 2506.06276) from a state dict of its published code; images only, not STARFlow-V.
+
+    Its tokens are `patchify(latents, patch_size, order="ppc")`. The released model is built with rope, sos, use_softplus, use_final_norm,
+    cond_top_only, soft_clip 4 and seq_order "L2R", none of which is the constructor's default.
+
+    Args:
+        state_dict: the published weights.
+        in_channels: channels of the latents.
+        img_size: side of the latents.
+        patch_size: side of a patch; None: 1.
+        channels: width of the transformers.
+        num_blocks: number of blocks; the last is the deep one.
+        layers_per_block: layers of the blocks, one number for all or one each; blocks without layers are the identity, but for the last.
+        head_dim: width of an attention head; None: what q/k norms show, else 64.
+        num_heads: query heads; None: width / head_dim.
+        num_kv_heads: key/value heads.
+        rope: rotary positions; without, learned ones.
+        pt_seq_len: side that rotary coordinates are rescaled to; None: img_size / patch_size.
+        sos: a learned first input instead of a shift.
+        txt_size: text length the model was built for; only whether it is 0 matters.
+        txt_dim: width of the text features.
+        num_classes: the text is one class id as one-hot vector of this many classes and an empty one: the flow then takes labels.
+        cond_top_only: only the last block sees the text.
+        use_softplus: scale softplus(a + ln(e - 1)) instead of exp(a).
+        soft_clip: limit s of s tanh(x / s) on both parameters; 0: none.
+        norm_type: norms of the layers.
+        use_qk_norm: RMSNorm of queries and keys.
+        use_post_norm: RMSNorm of each branch.
+        use_swiglu: gated MLP.
+        expansion: inner width of the MLP over the outer.
+        use_bias: biases of attention and MLP.
+        use_final_norm: RMSNorm before the head.
+        seq_order: "R2L": odd blocks are reversed; "L2R": even ones.
+        top_block_channels: width of the last block.
+        learnable_self_denoiser: the model has the learnable denoiser.
+        conditional_denoiser: which sees the text.
+        hf_style_rope: only False.
+        use_mm_attn: only False.
+        shallow_block_local: only False (video).
+        use_pretrained_lm: only None.
+        denoiser_window: only None (video).
+        local_attn_window: only None (video).
+        temporal_causal: only 0 (video).
+        use_checkpoint: any; it saves memory in training.
+        use_checkpoint_mlp: any.
+
+    Raises:
+        ConfigError: a value contradicts the weights, or is of a kind that is not converted.
+        WeightsError: keys are missing, unknown or misshaped.
+    """
+    sizes, show = Sizes("starflow"), Shown(state_dict, "STARFlow")
+    not_ours = "is a part of STARFlow-V or of language models that srcflow does not have."
+    sizes.only("hf_style_rope", hf_style_rope, (False,), not_ours)
+    sizes.only("use_mm_attn", use_mm_attn, (False,), not_ours)
+    sizes.only("shallow_block_local", shallow_block_local, (False,), not_ours)
+    sizes.only("use_pretrained_lm", use_pretrained_lm, (None,), not_ours)
+    for key, value in (("denoiser_window", denoiser_window), ("local_attn_window", local_attn_window)):
+        sizes.only(key, value, (None, 0), not_ours)
+    sizes.only("temporal_causal", temporal_causal, (0,), not_ours)
+    sizes.only("norm_type", norm_type, ("layer_norm", "rms_norm"), "unknown.")
+    sizes.only("seq_order", seq_order, ("R2L", "L2R"), "unknown.")
+    blocks = sizes.take("num_blocks", num_blocks, show.blocks)
+    layers = layers_of(sizes, layers_per_block, [show.layers(k) for k in range(blocks)])
+    last = blocks - 1
+    token = show.size("proj_in.weight", 1, last)
+    top = sizes.take("top_block_channels", top_block_channels, show.size("proj_in.weight", 0, last))
+    below = next((k for k in range(last) if show.has("proj_in.weight", k)), None)
+    if below is not None:
+        width = sizes.take("channels", channels, show.size("proj_in.weight", 0, below))
+    elif show.has("proj_in.weight", prefix=DENOISER):
+        width = sizes.take("channels", channels, show.size("proj_in.weight", 0, prefix=DENOISER))
+    else:  # nothing but the last block
+        width = channels if channels is not None and top_block_channels is not None else sizes.take("channels", channels, top)
+    side = _side(sizes, show, img_size, patch_size, pt_seq_len)
+    check_patches(sizes, in_channels, patch_size, img_size, token, side)
+    texts = [k for k in range(blocks) if show.has("proj_txt.weight", k)]
+    dim = sizes.take("txt_dim", txt_dim, show.size("proj_txt.weight", 1, texts[0]) if texts else 0)
+    if texts and txt_size == 0:
+        sizes.take("txt_size", txt_size, "more than 0")
+    if num_classes is not None:
+        sizes.take("num_classes", num_classes, dim - 1)
+    if learnable_self_denoiser and not rope:
+        sizes.only("rope", rope, (True,), "the published denoiser has no other positions.")
+    text_axis = bool(texts) if txt_size is None else txt_size > 0
+    size = _head_dim(sizes, show, head_dim)
+    sizes.raise_if_any()
+    grid = (side, side)
+
+    def conditioner(w: int) -> Conditioner:
+        return TextPrefix(dim, w) if num_classes is None else ClassToken(num_classes, w, bias=True)
+
+    def positions(w: int) -> Positions:
+        return Rotary(grid, text_axis, None if pt_seq_len is None else float(pt_seq_len)) if rope else Learned(grid, w)
+
+    def options(w: int, name: str, depth: int) -> dict[str, Any]:
+        heads, kv_heads, hidden = show.attention(name, size) if depth else (num_heads or 1, num_kv_heads, 4 * w)
+        if depth:
+            sizes.take("num_heads", num_heads, heads, f"the weights of {name}")
+            sizes.take("num_kv_heads", num_kv_heads, kv_heads, f"the weights of {name}")
+            check_expansion(sizes, expansion, w, hidden)
+        return {
+            "head_dim": size,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "expansion": hidden / w,
+            "norm": "rms" if norm_type == "rms_norm" else "layer",
+            "mlp": "gated" if use_swiglu else "gelu",
+            "qk_norm": bool(use_qk_norm),
+            "post_norm": bool(use_post_norm),
+            "bias": bool(use_bias),
+            "final_norm": bool(use_final_norm),
+        }
+
+    built = []
+    for k, depth in enumerate(layers):
+        w = top if k == last else width
+        empty = depth == 0 and k != last
+        coupling: Coupling = SoftplusAffine() if use_softplus else Affine()
+        built.append(
+            TransformerBlock(
+                token,
+                w,
+                depth,
+                positions(w),
+                coupling,
+                conditioner(w) if dim and not empty and (k == last or not cond_top_only) else None,
+                start="sos" if sos else "shift",
+                order="reverse" if k % 2 == (seq_order == "R2L") else "raster",
+                clip=float(soft_clip),
+                clip_what="both",
+                identity=empty,
+                **(options(w, f"blocks.{k}", depth) if not empty else {"head_dim": size, "heads": num_heads or 1}),
+            )
+        )
+    denoiser = None
+    if learnable_self_denoiser:
+        depth = show.layers(prefix=DENOISER)
+        seen = conditioner(width) if conditional_denoiser and dim else None
+        denoiser = Denoiser(token, width, positions(width), depth, seen, **options(width, DENOISER, depth))
+    sizes.raise_if_any()
+    flow = Flow(built, denoiser=denoiser).to(precision(state_dict))
+    given = {
+        "sos": bool(sos),
+        "rope": bool(rope),
+        "use_final_norm": bool(use_final_norm),
+        "use_swiglu": bool(use_swiglu),
+        "use_qk_norm": bool(use_qk_norm),
+        "use_post_norm": bool(use_post_norm),
+        "norm_type": norm_type,
+        "use_bias": bool(use_bias),
+    }
+    hint = _hint(show, last, given, cond_top_only=bool(cond_top_only), denoiser=bool(learnable_self_denoiser))
+    state = dict(state_dict)
+    state.setdefault("var", torch.ones(side * side, token))  # unused there
+    rules = starflow_rules(flow, var=tuple(state["var"].shape))
+    load(flow, state, rules, what="STARFlow", ignore=UNUSED, hint=hint)
+    return flow.eval()
+
+
+def to_starflow(flow: Flow, *, in_channels: int = 4, txt_size: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A flow as STARFlow's published code loads it: its state dict, without the buffers that are not read, and the constructor's arguments.
+
+    Args:
+        flow: the flow.
+        in_channels: channels of the latents it models.
+        txt_size: text length to build the published model for; None: the null text's, else 1 (any works, what counts is not 0).
+
+    Raises:
+        ConfigError: names every part of the flow that STARFlow cannot express (ProblemsError for several).
+    """
+    check = Expressible("STARFlow", flow)
+    check.whole(prior=False, denoiser=True)
+    last = len(check.blocks) - 1
+    check.need(not check.blocks[last].identity, f"blocks[{last}].identity", True, "its last block has an input and an output map.")
+    check.problems.raise_if_any()
+    live = [b for b in check.blocks if not b.identity]
+    trunks: list[Trunk] = [*live, *([] if flow.self_denoiser is None else [flow.self_denoiser])]
+    specs = [spec_of(t)["init_args"] for t in trunks]
+    expansion = check.shared("expansion", [s["expansion"] for s in specs])
+    check.need(expansion == 4.0, "expansion", expansion, "its MLPs are 4 times as wide.")
+    for trunk in trunks:
+        why = "its rotary positions have one side for all." if isinstance(trunk.positions, Rotary) else "its positions are rotary."
+        check.need(isinstance(trunk.positions, Rotary), "positions", type(trunk.positions).__name__, why)
+        fits = (
+            trunk.conditioner is None or isinstance(trunk.conditioner, TextPrefix) or getattr(trunk.conditioner, "bias", None) is not None
+        )
+        check.need(fits, "conditioner", type(trunk.conditioner).__name__, "it knows text, or classes as ClassToken with bias: true.")
+    side = check.shared("positions.side", [getattr(t.positions, "side", 0.0) for t in trunks])
+    check.need(float(side).is_integer(), "positions.side", side, "it is a whole number.")
+    text_axis = check.shared("positions.text_axis", [getattr(t.positions, "text_axis", False) for t in trunks])
+    option = {k: check.shared(k, [s[k] for s in specs]) for k in ("norm", "mlp", "qk_norm", "post_norm", "bias", "final_norm")}
+    head_dim = check.shared("head_dim", [t.head_dim for t in trunks])
+    coupling = check.shared("coupling", [type(b.coupling) for b in live])
+    check.need(coupling in (SoftplusAffine, Affine), "coupling", coupling.__name__, "its scale is a softplus or an exponential.")
+    start = check.shared("start", [b.start_kind for b in live])
+    clip = check.shared("clip", [b.clip for b in live])
+    check.need(not clip or all(b.clip_what == "both" for b in live), "clip_what", "log_scale", "it clips both parameters.")
+    order = next((o for o, odd in (("R2L", 1), ("L2R", 0)) if check.orders([k % 2 == odd for k in range(last + 1)])), None)
+    check.need(order is not None, "blocks order", [b.order for b in check.blocks], "they alternate.")
+    top = check.blocks[last].width
+    lower = [t.width for t in trunks if t is not check.blocks[last]]
+    width = check.shared("width (but the last)", lower or [top])
+    conditioned = [b.conditioned for b in live]
+    top_only = conditioned[-1] and not any(conditioned[:-1])
+    uniform = top_only or len(set(conditioned)) == 1
+    check.need(uniform, "blocks conditioner", conditioned, "the last block or all of them see the condition.")
+    heads, kv_heads = _published_heads(check, trunks, head_dim)
+    with check.problems.collect():
+        patch = patch_of(flow, in_channels)
+    check.problems.raise_if_any()
+    seen = cast("TextPrefix | ClassToken | None", next((t.conditioner for t in trunks if t.conditioner is not None), None))
+    length = 0 if not text_axis else txt_size or (1 if flow.null_text is None else flow.null_text.shape[0])
+    config: dict[str, Any] = {
+        "in_channels": in_channels,
+        "img_size": flow.grid[0] * patch,
+        "patch_size": patch,
+        "channels": width,
+        "num_blocks": last + 1,
+        "layers_per_block": [b.layer_count for b in check.blocks],
+        "head_dim": head_dim,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "rope": True,
+        "pt_seq_len": None if int(side) == flow.grid[0] else int(side),
+        "sos": start == "sos",
+        "txt_size": length,
+        "txt_dim": 0 if seen is None else seen.text_dim if isinstance(seen, TextPrefix) else seen.num_classes + 1,
+        "cond_top_only": top_only and len(live) > 1,
+        "use_softplus": coupling is SoftplusAffine,
+        "soft_clip": clip,
+        "norm_type": "rms_norm" if option["norm"] == "rms" else "layer_norm",
+        "use_qk_norm": option["qk_norm"],
+        "use_post_norm": option["post_norm"],
+        "use_swiglu": option["mlp"] == "gated",
+        "use_bias": option["bias"],
+        "use_final_norm": option["final_norm"],
+        "seq_order": order,
+        "top_block_channels": None if top == width else top,
+        "learnable_self_denoiser": flow.self_denoiser is not None,
+        "conditional_denoiser": flow.self_denoiser is not None and flow.self_denoiser.conditioned,
+    }
+    return exported(flow, starflow_rules(flow, var=(int(side) ** 2, flow.channels))), config
+
+
+def _published_heads(check: Expressible, trunks: list[Trunk], head_dim: int) -> tuple[int | None, int | None]:
+    """num_heads and num_kv_heads as the published constructor wants them: None for what follows from widths and head_dim."""
+    layered = [t for t in trunks if t.layer_count]
+    heads: int | None = None
+    if any(t.heads * head_dim != t.width for t in layered):
+        heads = check.shared("heads", [t.heads for t in layered])
+    kv_heads: int | None = None
+    if any(t.kv_heads != t.heads for t in layered):
+        kv_heads = check.shared("kv_heads", [t.kv_heads for t in layered])
+    return heads, kv_heads
+
+
+def starflow_rules(flow: Flow, var: tuple[int, ...] | None = None) -> list[Rule]:
+    """How a flow's tensors are named in STARFlow's state dict.
+
+    Args:
+        flow: the flow.
+        var: shape of the published model's unused buffer `var`, all ones; None: (N, d).
+    """
+    own = tuple(flow.prior_std.shape)
+    rules = [Rule(("prior_std",), ("var",), lambda _: (torch.ones(own),), lambda std: (std.new_ones(own if var is None else var),))]
+    # the published code asks for the null text at every call
+    rules += [Rule((name,), (), lambda: (), lambda _: ()) for name in ("null_text", "null_mask") if getattr(flow, name) is not None]
+    for k, block in enumerate(flow.blocks):
+        rules += trunk_rules(block, f"blocks.{k}")  # type: ignore[arg-type]  # only TransformerBlocks are put in
+    if flow.self_denoiser is not None:
+        rules += trunk_rules(flow.self_denoiser, "self_denoiser", DENOISER)
+    return rules
+
+
+def _side(sizes: Sizes, show: Shown, img_size: int | None, patch_size: int | None, pt_seq_len: int | None) -> int:
+    """Side of STARFlow's token grid."""
+    learned = next((k for k in range(show.blocks) if show.has("pos_embed", k)), None)
+    if learned is not None:
+        side = math.isqrt(show.size("pos_embed", 0, learned))
+        if img_size is not None:
+            sizes.take("img_size", img_size, side * (patch_size or 1))
+        return side
+    var = show.state.get("var")
+    shown = None if var is None else math.isqrt(var.shape[0])
+    if pt_seq_len is not None and shown is not None:
+        sizes.take("pt_seq_len", pt_seq_len, shown)
+    if img_size is not None:
+        p = 1 if patch_size is None else patch_size
+        if img_size % p:
+            sizes.problems.add(ConfigError("starflow.patch_size", p, f"does not divide img_size = {img_size}."))
+        elif shown is not None and pt_seq_len is None:
+            sizes.take("img_size", img_size, shown * p)
+        return img_size // p
+    if shown is None or pt_seq_len is not None:
+        sizes.problems.add(ConfigError("starflow.img_size", None, "the weights do not show it.", "Give the side of the latents."))
+        return 1
+    return shown
+
+
+def _head_dim(sizes: Sizes, show: Shown, given: int | None) -> int:
+    """Width of a head: q/k norms show it; otherwise it has to be given, or is 64."""
+    normed = next((k for k in range(show.blocks) if show.has("attn_blocks.0.attention.query_norm.weight", k)), None)
+    if normed is None:
+        return 64 if given is None else given
+    return sizes.take("head_dim", given, show.size("attn_blocks.0.attention.query_norm.weight", 0, normed))
+
+
+def _hint(show: Shown, last: int, given: dict[str, Any], *, cond_top_only: bool, denoiser: bool) -> str:
+    """Which arguments the keys speak for, where they were not given so."""
+    other = {"rope": (True, False), "norm_type": ("rms_norm", "layer_norm")}
+    wrong = []
+    for key, (name, value) in _FLAGS.items():
+        if key.startswith("attn_blocks") and not show.layers(last):
+            continue
+        negative, positive = other.get(name, (False, value))
+        shown = positive if show.has(key, last) else negative
+        if shown != given[name]:
+            wrong.append(f"{name}={shown!r}")
+    below = any(show.has("proj_txt.weight", k) for k in range(last))
+    if show.has("proj_txt.weight", last) and last and below == cond_top_only and any(show.has("proj_in.weight", k) for k in range(last)):
+        wrong.append(f"cond_top_only={not below!r}")
+    if show.has("proj_in.weight", prefix=DENOISER) != denoiser:
+        wrong.append(f"learnable_self_denoiser={not denoiser!r}")
+    return f"The keys are those of a model with {', '.join(wrong)}." if wrong else ""
