@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from srcflow import Condition, Pipeline, artifacts
+from srcflow.autoencoders.base import Autoencoder
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.autoencoders.representation import RepresentationAutoencoder
 from srcflow.autoencoders.vit_decoder import ViTDecoder
+from srcflow.compressors.identity import Identity
+from srcflow.compressors.linear import Linear
 from srcflow.compressors.semantic import Semantic
 from srcflow.encoders.timm_vit import TimmViT
-from srcflow.errors import ConfigError, ManifestMismatchError, ShapeError
+from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, ShapeError
 from srcflow.flows import presets
+from srcflow.flows.block import TransformerBlock
+from srcflow.flows.denoiser import Denoiser
+from srcflow.flows.flow import Flow
+from srcflow.flows.positions import Learned
 from srcflow.guidance.base import Negative
 from srcflow.guidance.gaussian import Gaussian
 from srcflow.noise import Constant
@@ -24,12 +32,27 @@ from srcflow.testing import perturb
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 
 
-def make(num_classes: int = 3) -> Pipeline:
-    torch.manual_seed(0)
+def representation() -> RepresentationAutoencoder:
     encoder = TimmViT("vit_tiny_patch16_224", image_size=32, weights=None, timm_args=SMALL)
     autoencoder = RepresentationAutoencoder(encoder, ViTDecoder(32, 32, 1, 2, 64, patch=8, grid=2))
     g = torch.Generator().manual_seed(1)
     autoencoder.set_statistics(torch.randn(4, 32, generator=g) * 0.1, torch.rand(4, 32, generator=g) + 0.5)
+    return autoencoder
+
+
+def pixels() -> PixelPatches:
+    return PixelPatches(4, 2, scale="linear")
+
+
+def pixel_flow(denoiser: Denoiser | None = None) -> Flow:
+    """A class-conditional flow on `pixels()`, with trained-like weights."""
+    flow = presets.srcflow(2, 12, 32, [1, 1], num_classes=3, head_dim=16, normalization="none")
+    return perturb(Flow([b for b in flow.blocks if isinstance(b, TransformerBlock)], denoiser=denoiser), 0.1)
+
+
+def make(num_classes: int = 3) -> Pipeline:
+    torch.manual_seed(0)
+    autoencoder = representation()
     compressor = perturb(Semantic(32, 4, width=32, layers=1, head_dim=16, grid=2))
     flow = perturb(presets.srcflow(2, 4, 32, [1, 2], num_classes=num_classes, head_dim=16))
     return Pipeline(autoencoder, compressor, flow)
@@ -118,6 +141,102 @@ def test_pixels_have_a_density_that_integrates_over_grey_levels() -> None:
     expected = (-0.5 * codes.square() - 0.5 * math.log(2 * math.pi)).sum()  # a fresh flow is the identity
     torch.testing.assert_close(pipeline.log_prob(image, noise=autoencoder.default_noise(), seed=0)[0], expected)
     assert torch.equal((pipeline.decode(codes) * 255).round().to(torch.uint8), image)
+
+
+def test_denoising_shrinks_what_a_standard_normal_gives() -> None:
+    pipeline = Pipeline(pixels(), flow=presets.tarflow(2, 12, 32, 1, 1, head_dim=16))  # a fresh flow is the identity
+    noisy = pipeline.sample_codes(3, seed=0)
+    torch.testing.assert_close(pipeline.sample_codes(3, seed=0, denoise=0.5), noisy * 0.75)
+    images = pipeline.sample(3, seed=0, denoise=0.5)
+    torch.testing.assert_close(images, pipeline.decode(noisy * 0.75))
+    assert not torch.allclose(images, pipeline.sample(3, seed=0), atol=1e-3)
+    assert torch.equal(pipeline.sample_codes(3, seed=0, denoise=0.0), noisy)
+
+
+def test_samples_are_denoised_under_their_condition_and_without_guidance() -> None:
+    flow = pixel_flow()
+    pipeline, labels, guidance = Pipeline(pixels(), flow=flow), Condition(labels=torch.tensor([0, 2])), Gaussian(1.5)
+    noisy = pipeline.sample_codes(labels, seed=0, guidance=guidance)
+    found = pipeline.sample_codes(labels, seed=0, guidance=guidance, denoise=0.3)
+    assert torch.equal(found, flow.denoise(noisy, 0.3, labels))
+    assert torch.equal(found, pipeline.denoise_codes(noisy, labels, denoise=0.3))
+    assert not torch.allclose(found, flow.denoise(noisy, 0.3), atol=1e-4)
+    assert not found.requires_grad
+
+
+def test_the_learned_denoiser_predicts_the_unit_noise() -> None:
+    flow = pixel_flow(Denoiser(12, 32, Learned((2, 2), 32), layers=1, head_dim=16))
+    pipeline, labels = Pipeline(pixels(), flow=flow), Condition(labels=torch.tensor([0, 2]))
+    noisy = pipeline.sample_codes(labels, seed=0)
+    with torch.no_grad():
+        expected = noisy - 0.3 * flow.denoiser(noisy, labels)
+    found = pipeline.sample_codes(labels, seed=0, denoise=0.3, denoiser="learned")
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, pipeline.sample_codes(labels, seed=0, denoise=0.3), atol=1e-4)
+
+
+def test_raw_features_are_denoised_in_the_units_of_the_noise(images: torch.Tensor) -> None:
+    autoencoder = representation()
+    pipeline = Pipeline(autoencoder, Identity(32), presets.srcflow(2, 32, 32, [1], num_classes=0, head_dim=16, normalization="none"))
+    codes = pipeline.encode(images, noise=Constant(0.4))
+    variance = 0.4**2 / (autoencoder.var + 1e-5)  # of the noise in the codes, per position and channel; the flow is the identity
+    torch.testing.assert_close(pipeline.denoise_codes(codes, denoise=0.4), codes - variance * codes)
+
+
+@pytest.mark.parametrize(("autoencoder", "width"), [(representation, 32), (pixels, 12), (lambda: PixelPatches(4, 2), 12)])
+def test_noise_scale_is_what_normalize_does_to_noise(autoencoder: Any, width: int) -> None:
+    a: Autoencoder = autoencoder()
+    raw, noise = torch.randn(2, 2, 4, width).unbind(0)
+    torch.testing.assert_close(a.normalize(raw, noise) - a.normalize(raw), a.noise_scale() * noise, atol=1e-5, rtol=0)
+
+
+def test_denoising_is_refused_where_it_does_not_hold(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline) -> None:
+    assert pipeline.flow is not None
+    monkeypatch.setattr(pipeline.flow, "inverse", lambda *a, **k: pytest.fail("work was done before the refusal"))
+    for draw in (pipeline.sample, pipeline.sample_codes):
+        with pytest.raises(ConfigError, match=r"denoise = 0.4: the noise was added to the features before the compressor \(Semantic\)"):
+            draw(2, seed=0, denoise=0.4)
+    with pytest.raises(ConfigError, match=r"before the compressor \(Linear\).*trained under noise"):
+        Pipeline(pixels(), Linear(12, 12), pixel_flow()).denoise_codes(torch.zeros(1, 4, 12), denoise=0.1)
+    raw = Pipeline(pixels(), flow=pixel_flow())
+    with pytest.raises(ConfigError, match=r"denoiser = 'learned': this flow has no learnable denoiser"):
+        raw.sample(2, seed=0, denoise=0.1, denoiser="learned")
+    with pytest.raises(ConfigError, match="does nothing without denoise"):
+        raw.sample(2, seed=0, denoiser="learned")
+    with pytest.raises(ConfigError, match="Known: score, learned"):
+        raw.sample(2, seed=0, denoise=0.1, denoiser="both")  # type: ignore[arg-type]
+    for bad in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="finite and not negative"):
+            raw.sample(2, seed=0, denoise=bad)
+    with pytest.raises(ConfigError, match="codec without a flow"):
+        Pipeline(pixels()).denoise_codes(torch.zeros(1, 4, 12), denoise=0.1)
+
+
+def test_a_flow_that_records_no_codec_is_given_one(tmp_path: Path) -> None:
+    flow, codec = pixel_flow(), pixels()
+    place, base = artifacts.save(tmp_path / "flow", flow), artifacts.save(tmp_path / "pixels", codec)
+    with pytest.raises(ArtifactError, match=r"does not record what autoencoder.*\(autoencoder: DIRECTORY\)"):
+        Pipeline.from_pretrained(place)
+    expected = Pipeline(codec, flow=flow).sample(2, seed=0, denoise=0.1)
+    assert torch.equal(Pipeline.from_pretrained(place, autoencoder=base).sample(2, seed=0, denoise=0.1), expected)
+    compressor = perturb(Linear(12, 12))
+    between = artifacts.save(tmp_path / "linear", compressor)
+    with pytest.raises(ArtifactError, match="does not record what autoencoder"):
+        Pipeline.from_pretrained(place, compressor=between)
+    found = Pipeline.from_pretrained(place, autoencoder=base, compressor=between).sample(2, seed=0)
+    assert torch.equal(found, Pipeline(codec, compressor, flow).sample(2, seed=0))
+    with pytest.raises(ArtifactError, match="nowhere does not exist"):
+        Pipeline.from_pretrained(place, autoencoder="nowhere")
+
+
+def test_what_a_flow_records_is_not_overruled(tmp_path: Path) -> None:
+    base, place = artifacts.save(tmp_path / "pixels", pixels()), tmp_path / "flow"
+    artifacts.save(place, pixel_flow(), manifest={"built_on": {"autoencoder": artifacts.reference(base, start=place)}})
+    assert isinstance(Pipeline.from_pretrained(place).compressor, Identity)
+    with pytest.raises(ManifestMismatchError, match="another autoencoder"):
+        Pipeline.from_pretrained(place, autoencoder=artifacts.save(tmp_path / "levels", PixelPatches(4, 2)))
+    with pytest.raises(ArtifactError, match="does not say what compressor"):
+        Pipeline.from_pretrained(place, compressor=artifacts.save(tmp_path / "linear", Linear(12, 12)))
 
 
 def test_saved_moved_and_loaded_it_gives_bit_equal_samples(tmp_path: Path, pipeline: Pipeline) -> None:

@@ -73,8 +73,7 @@ def test_the_linear_scale_decodes_noise_unclamped_and_lets_gradients_pass() -> N
     assert eps is not None
     noisy = p.normalize(raw, eps).requires_grad_(True)
     images = p.decode(noisy)
-    assert float(images.min()) < 0
-    assert float(images.max()) > 1
+    assert bool((images < 0).any() and (images > 1).any())
     (gradient,) = torch.autograd.grad(images.sum(), noisy)
     assert (gradient == 0.5).all()
     assert p.decode(raw.half()).dtype == torch.float32

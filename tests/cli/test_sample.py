@@ -13,9 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 import srcflow.pipeline
-from srcflow import randomness
+from srcflow import artifacts, presets, randomness
+from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.cli import main
 from srcflow.cli.sample import to_uint8
+from srcflow.compressors.linear import Linear
+from srcflow.testing import perturb
 from srcflow.types import Condition
 
 CLASSES = 3
@@ -159,6 +162,9 @@ def test_bfloat16_is_autocast(tmp_path: Path, pipeline: FakePipeline, monkeypatc
         ("s.png", ["--n=0", "--batch_size=0"], "2 problems"),
         ("s.png", ["--n=1", "--temperature=0"], "a temperature is positive"),
         ("s.png", ["--n=1", "--format=npz"], "a npz is a .npz file"),
+        ("s.png", ["--n=1", "--denoise=-0.1"], "a standard deviation is finite and not negative"),
+        ("s.png", ["--n=1", "--denoiser=learned"], "does nothing without denoise"),
+        ("s.png", ["--n=1", "--denoise=0.1", "--denoiser=both"], "both"),
         ("s.png", ["--classes=1,3"], "[3] are not among the flow's classes 0 to 2"),
         ("s.png", ["--classes=1;2"], "is no list of class ids"),
         ("full", ["--n=1"], "the folder is not empty"),
@@ -175,6 +181,35 @@ def test_refused(out: str, more: list[str], words: str, tmp_path: Path, pipeline
     assert status.value.code == 2
     assert words in capsys.readouterr().err
     assert not pipeline.calls
+
+
+def test_denoised_pixels_of_a_flow_that_records_no_codec(tmp_path: Path) -> None:
+    pixels, flow = PixelPatches(4, 2, scale="linear"), perturb(presets.tarflow(2, 12, 32, 2, 1, head_dim=16), 0.1)
+    place, codec = artifacts.save(tmp_path / "flow", flow), artifacts.save(tmp_path / "pixels", pixels)
+    pipeline = srcflow.pipeline.Pipeline(pixels, flow=flow)
+    how = [f"--pipeline={place}", f"--autoencoder={codec}", "--n=3", "--device=cpu"]
+    for name, more, denoise in (("noisy", [], None), ("clean", ["--denoise=0.5"], 0.5)):
+        main(["sample", *how, f"--out={tmp_path / name}.npz", *more])
+        expected = to_uint8(pipeline.sample(3, seed=0, denoise=denoise))
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npz")["arr_0"], expected)
+    assert (np.load(tmp_path / "noisy.npz")["arr_0"] != np.load(tmp_path / "clean.npz")["arr_0"]).any()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--denoise=0.4"], "the noise was added to the features before the compressor (Linear)"),
+        (["--denoise=0.4", "--denoiser=learned"], "before the compressor (Linear)"),
+    ],
+)
+def test_codes_are_not_denoised(more: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flow = presets.tarflow(2, 8, 32, 2, 1, head_dim=16)
+    place = srcflow.pipeline.Pipeline(PixelPatches(4, 2), Linear(12, 8, start="random"), flow).save_pretrained(tmp_path / "bundle")
+    with pytest.raises(SystemExit) as status:
+        main(["sample", f"--pipeline={place}", f"--out={tmp_path / 'images'}", "--n=1", "--device=cpu", *more])
+    assert status.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "images").exists()
 
 
 def test_rounding_to_levels() -> None:
