@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -34,6 +34,10 @@ class RepresentationAutoencoder(Autoencoder):
         eps_convention: "variance" divides by sqrt(var + eps) (RAE), "std" by sqrt(var) + eps (diffusers).
         decoder_weights: safetensors file with a ViTDecoder's state, loaded by `setup`; null: train from scratch.
 
+    Attributes:
+        published_positions: (1, n, D) position table of a converted encoder at the grid it was trained at, where that is not the grid in
+            use (the encoder holds the resampled one). Nothing here reads it: the way back to the published format does.
+
     Raises:
         ConfigError: sizes of encoder and decoder disagree; both keys are named.
     """
@@ -41,6 +45,7 @@ class RepresentationAutoencoder(Autoencoder):
     mean: Tensor
     var: Tensor
     statistics_fitted: Tensor
+    published_positions: Tensor | None
 
     def __init__(
         self,
@@ -78,6 +83,7 @@ class RepresentationAutoencoder(Autoencoder):
         self.register_buffer("mean", torch.zeros(shape), persistent=True)
         self.register_buffer("var", torch.ones(shape), persistent=True)
         self.register_buffer("statistics_fitted", torch.tensor(False), persistent=True)
+        self.register_buffer("published_positions", None, persistent=True)
         self._ready = False  # spares `normalize` a look at the device
 
     def setup(self) -> None:
@@ -85,6 +91,11 @@ class RepresentationAutoencoder(Autoencoder):
         self.encoder.setup()
         if self.decoder_weights is not None:
             load_exactly(self.decoder, read_safetensors(self.decoder_weights, "decoder_weights"), self.decoder_weights, "decoder_weights")
+
+    def prepare_state(self, state: Mapping[str, Tensor]) -> None:
+        """Make room for the published position table that a state dict holds; called before it is loaded."""
+        table = state.get("published_positions")
+        self.published_positions = None if table is None else torch.empty_like(table, device=self.mean.device)
 
     @property
     def needs_statistics(self) -> bool:

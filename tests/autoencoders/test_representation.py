@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from srcflow import artifacts
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.autoencoders.representation import RepresentationAutoencoder
 from srcflow.autoencoders.vit_decoder import ViTDecoder, vit_xl
@@ -115,6 +116,21 @@ def test_state_is_self_contained() -> None:
     x, _ = r.features(images())
     assert torch.equal(again.normalize(again.features(images())[0]), r.normalize(x))
     assert torch.equal(again.decode(r.normalize(x)), r.decode(r.normalize(x)))
+
+
+def test_published_position_table_is_kept_where_there_is_one(tmp_path: Path) -> None:
+    r = fitted()
+    assert "published_positions" not in r.state_dict()
+    plain = artifacts.load(artifacts.save(tmp_path / "plain", r), Autoencoder)
+    assert isinstance(plain, RepresentationAutoencoder)
+    assert plain.published_positions is None
+    r.published_positions = torch.randn(1, 16, 24)
+    again = artifacts.load(artifacts.save(tmp_path / "a", r), Autoencoder)
+    assert isinstance(again, RepresentationAutoencoder)
+    assert again.published_positions is not None
+    assert torch.equal(again.published_positions, r.published_positions)
+    artifacts.load_state(again, plain.state_dict(), what="a")
+    assert again.published_positions is None
 
 
 def test_setup_loads_the_decoder(tmp_path: Path) -> None:
