@@ -93,7 +93,7 @@ class Interval(Schedule):
     def __call__(self, progress: Tensor) -> Tensor:
         """See `Schedule`."""
         inside = (progress >= self.start) & (progress <= self.stop)
-        return torch.where(inside, self.strength, 0.0).to(progress.dtype)
+        return self.strength * inside.to(progress.dtype)
 
     @property
     def is_zero(self) -> bool:
