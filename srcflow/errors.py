@@ -28,13 +28,21 @@ class ConfigError(SrcflowError, ValueError):
 
 
 class UnknownNameError(ConfigError):
-    """A name that no member of the family has; lists the known ones and the nearest."""
+    """A name that no member of the family has; lists the known ones and the nearest.
 
-    def __init__(self, key: str, name: str, known: Iterable[str]) -> None:
+    Args:
+        key: the configuration key, dotted.
+        name: what stood there.
+        known: what can stand there.
+        paths: whether a full import path can stand there, too.
+    """
+
+    def __init__(self, key: str, name: str, known: Iterable[str], *, paths: bool = True) -> None:
         self.known = sorted(known)
         near = difflib.get_close_matches(name, self.known, n=3, cutoff=0.5)
         nearest = f"Did you mean {' or '.join(near)}? " if near else ""
-        super().__init__(key, name, "no such name.", f"{nearest}Known: {', '.join(self.known) or 'none'}. A full import path works too.")
+        path = " A full import path works too." if paths else ""
+        super().__init__(key, name, "no such name.", f"{nearest}Known: {', '.join(self.known) or 'none'}.{path}")
 
 
 class DuplicateNameError(SrcflowError):

@@ -1,4 +1,4 @@
-"""`srcflow export`: a stage's artifact from a checkpoint, or a self-contained Pipeline directory from a chain of artifacts."""
+"""`srcflow export`: a stage's artifact from a checkpoint, a self-contained Pipeline directory, or the files of another project."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from srcflow.cli.parser import Parser
     from srcflow.tasks.base import Task
 
-HELP = "Write a stage's artifact from a checkpoint, or bundle a whole pipeline into one directory."
+HELP = "Write a stage's artifact from a checkpoint, a whole pipeline in one directory, or published formats."
 
 
 def configure(parser: Parser) -> None:
@@ -33,6 +33,16 @@ def configure(parser: Parser) -> None:
     bundle.add_argument("--autoencoder", type=str | None, default=None, help="Where the pipeline's autoencoder is now, if it moved.")
     bundle.add_argument("--compressor", type=str | None, default=None, help="Where the pipeline's compressor is now, if it moved.")
     bundle.add_argument("--weights", choices=["ema", "raw"], default="ema", help="Averaged or last weights of the last stage.")
+    published = parser.add_argument_group("files for published code, from --pipeline")
+    published.add_argument(
+        "--format",
+        choices=["tarflow", "starflow", "rae", "diffusers"],
+        default=None,
+        help="Write the flow (tarflow, starflow) or the autoencoder (rae, diffusers) as that project's code loads it.",
+    )
+    published.add_argument(
+        "--in_channels", type=int | None, default=None, help="tarflow, starflow: channels of the images or latents that the flow models."
+    )
 
 
 def run(config: Namespace) -> int:
@@ -42,7 +52,18 @@ def run(config: Namespace) -> int:
         for key in ("config", "ckpt_path"):
             if config[key] is not None:
                 problems.add(ConfigError(key, config[key], "does not go with --pipeline.", "Export either a stage or a pipeline."))
+        if config.format is None and config.in_channels is not None:
+            problems.add(ConfigError("in_channels", config.in_channels, "does nothing without --format."))
+        for key in ("autoencoder", "compressor"):
+            if config.format is not None and config[key] is not None:
+                problems.add(ConfigError(key, config[key], "does not go with --format.", "Name the part's own directory as --pipeline."))
         problems.raise_if_any()
+        if config.format is not None:
+            from srcflow.convert.files import export_file
+
+            files = export_file(config.format, config.pipeline, config.out, weights=config.weights, in_channels=config.in_channels)
+            print(f"Wrote {', '.join(str(f) for f in files)}.")
+            return 0
         from srcflow.pipeline import Pipeline
 
         pipeline = Pipeline.from_pretrained(
@@ -51,6 +72,9 @@ def run(config: Namespace) -> int:
         pipeline.save_pretrained(config.out)
         print(f"Wrote {config.out}.")
         return 0
+    for key in ("format", "in_channels"):
+        if config[key] is not None:
+            problems.add(ConfigError(key, config[key], "needs --pipeline.", "Export the stage first, then name its directory."))
     for key in ("config", "ckpt_path"):
         if config[key] is None:
             problems.add(ConfigError(key, None, "is missing.", "Give --config and --ckpt_path for a stage, or --pipeline for a bundle."))

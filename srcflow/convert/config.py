@@ -27,7 +27,7 @@ def known(function: Callable[P, T]) -> Callable[P, T]:
         problems = Problems()
         for name in kwargs:
             if name not in takes:
-                problems.add(UnknownNameError("config", name, names(function)))
+                problems.add(UnknownNameError("config", name, names(function), paths=False))
         problems.raise_if_any()
         return function(*args, **kwargs)
 

@@ -271,17 +271,18 @@ def to_starflow(flow: Flow, *, in_channels: int = 4, txt_size: int | None = None
     check.need(not check.blocks[last].identity, f"blocks[{last}].identity", True, "its last block has an input and an output map.")
     check.problems.raise_if_any()
     live = [b for b in check.blocks if not b.identity]
-    trunks: list[Trunk] = [*live, *([] if flow.self_denoiser is None else [flow.self_denoiser])]
+    named: dict[str, Trunk] = {f"blocks[{k}]": b for k, b in enumerate(check.blocks) if not b.identity}
+    if flow.self_denoiser is not None:
+        named["denoiser"] = flow.self_denoiser
+    trunks = list(named.values())
     specs = [spec_of(t)["init_args"] for t in trunks]
     expansion = check.shared("expansion", [s["expansion"] for s in specs])
     check.need(expansion == 4.0, "expansion", expansion, "its MLPs are 4 times as wide.")
-    for trunk in trunks:
-        why = "its rotary positions have one side for all." if isinstance(trunk.positions, Rotary) else "its positions are rotary."
-        check.need(isinstance(trunk.positions, Rotary), "positions", type(trunk.positions).__name__, why)
-        fits = (
-            trunk.conditioner is None or isinstance(trunk.conditioner, TextPrefix) or getattr(trunk.conditioner, "bias", None) is not None
-        )
-        check.need(fits, "conditioner", type(trunk.conditioner).__name__, "it knows text, or classes as ClassToken with bias: true.")
+    for name, trunk in named.items():
+        rotary, seen = isinstance(trunk.positions, Rotary), trunk.conditioner
+        check.need(rotary, f"{name}.positions", type(trunk.positions).__name__, "its positions are rotary.")
+        fits = seen is None or isinstance(seen, TextPrefix) or (isinstance(seen, ClassToken) and seen.bias is not None)
+        check.need(fits, f"{name}.conditioner", type(seen).__name__, "it knows text, or classes as ClassToken with bias: true.")
     side = check.shared("positions.side", [getattr(t.positions, "side", 0.0) for t in trunks])
     check.need(float(side).is_integer(), "positions.side", side, "it is a whole number.")
     text_axis = check.shared("positions.text_axis", [getattr(t.positions, "text_axis", False) for t in trunks])
@@ -305,7 +306,7 @@ def to_starflow(flow: Flow, *, in_channels: int = 4, txt_size: int | None = None
     with check.problems.collect():
         patch = patch_of(flow, in_channels)
     check.problems.raise_if_any()
-    seen = cast("TextPrefix | ClassToken | None", next((t.conditioner for t in trunks if t.conditioner is not None), None))
+    conditioner = cast("TextPrefix | ClassToken | None", next((t.conditioner for t in trunks if t.conditioner is not None), None))
     length = 0 if not text_axis else txt_size or (1 if flow.null_text is None else flow.null_text.shape[0])
     config: dict[str, Any] = {
         "in_channels": in_channels,
@@ -321,7 +322,11 @@ def to_starflow(flow: Flow, *, in_channels: int = 4, txt_size: int | None = None
         "pt_seq_len": None if int(side) == flow.grid[0] else int(side),
         "sos": start == "sos",
         "txt_size": length,
-        "txt_dim": 0 if seen is None else seen.text_dim if isinstance(seen, TextPrefix) else seen.num_classes + 1,
+        "txt_dim": 0
+        if conditioner is None
+        else conditioner.text_dim
+        if isinstance(conditioner, TextPrefix)
+        else conditioner.num_classes + 1,
         "cond_top_only": top_only and len(live) > 1,
         "use_softplus": coupling is SoftplusAffine,
         "soft_clip": clip,
