@@ -15,7 +15,7 @@ from srcflow.types import Context
 
 
 class Denoiser(Trunk):
-    """STARFlow's learnable denoiser (arXiv 2506.06276, E19): transformer layers over all tokens at once, in raster order and not causal.
+    """STARFlow's learnable denoiser (arXiv 2506.06276, E20): transformer layers over all tokens at once, in raster order and not causal.
 
     It is trained to predict -s grad log p(x), about the unit noise in x = clean + s noise, so that one forward pass replaces the score's
     forward and backward pass.

@@ -287,7 +287,7 @@ class Flow(nn.Module, metaclass=Recorded):
         return tweedie(self, x, sigma, condition, grid=grid)
 
     def denoiser(self, x: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> Tensor:
-        """The learnable denoiser's raw prediction (B, N, d), about the unit noise in x (B, N, d); x - sigma * prediction is denoised (E19).
+        """The learnable denoiser's raw prediction (B, N, d), about the unit noise in x (B, N, d); x - sigma * prediction is denoised (E20).
 
         Args:
             x: noisy tokens in raster order.

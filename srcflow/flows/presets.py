@@ -14,6 +14,7 @@ from srcflow.couplings.softplus_affine import SoftplusAffine
 from srcflow.errors import ConfigError, one_of
 from srcflow.flows.block import TransformerBlock
 from srcflow.flows.conditioners import ClassTable, ClassToken, Conditioner, TextPrefix
+from srcflow.flows.denoiser import Denoiser
 from srcflow.flows.flow import Flow
 from srcflow.flows.normalization import ChannelNormalization, Normalization, Whitening
 from srcflow.flows.positions import Learned, Rotary
@@ -85,6 +86,7 @@ def starflow(
     condition_blocks: Literal["deep", "all"] = "deep",
     clip: float = 4.0,
     deep_width: int | None = None,
+    denoiser_layers: int = 0,
 ) -> Flow:
     """STARFlow (arXiv 2506.06276) as released: rotary positions, SOS, softplus scale, clip on both parameters, final norm, L2R orders.
 
@@ -99,6 +101,7 @@ def starflow(
         condition_blocks: whether the deep block or every block sees the condition.
         clip: soft clip of log-scale and shift.
         deep_width: width of the last block; None means `width`.
+        denoiser_layers: layers of the learnable denoiser, which does not see the condition (published: 8); 0 for none.
     """
     one_of("starflow.condition_blocks", condition_blocks, ("deep", "all"))
     if text_dim and num_classes:
@@ -130,7 +133,10 @@ def starflow(
                 clip_what="both",
             )
         )
-    return Flow(built)
+    denoiser = None
+    if denoiser_layers:
+        denoiser = Denoiser(channels, width, Rotary(g, bool(text_dim or num_classes)), denoiser_layers, head_dim=head_dim, final_norm=True)
+    return Flow(built, denoiser=denoiser)
 
 
 @preset

@@ -6,22 +6,25 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
-from srcflow import randomness
+from srcflow import artifacts, randomness
 from srcflow.autoencoders.base import Autoencoder
+from srcflow.chain import check_chain, check_denoising, locate
 from srcflow.compressors.base import Compressor
 from srcflow.compressors.identity import Identity
-from srcflow.errors import ConfigError, Problems
+from srcflow.errors import ArtifactError, ConfigError, Problems
 from srcflow.flows.flow import Flow
 from srcflow.flows.likelihood import normal_log_prob
 from srcflow.guidance.base import Guidance
 from srcflow.nn.attention import watch_logits
 from srcflow.noise import Constant, Noise
-from srcflow.pipeline import Pipeline, check_chain, locate
+from srcflow.pipeline import Pipeline
 from srcflow.solvers.base import Solver
 from srcflow.statistics import Moments
 from srcflow.tasks.base import Task, Weights
@@ -38,7 +41,8 @@ class FlowTask(Task):
     and variance of z after every block, the extremes of the log-scale, and the largest attention logit.
 
     Args:
-        flow: the flow; `srcflow.flows.presets` has the published ones.
+        flow: the flow; `srcflow.flows.presets` has the published ones. One with a learnable denoiser trains it along, on the flow's own
+            score (E20), for another backward pass through the flow.
         codec: directory of the compressor stage (or of the autoencoder stage, or a bundle): what turns images into codes.
         noise: noise law of the features, in units of unit-RMS tokens; null takes the autoencoder's own (dequantisation for pixels).
         label_dropout: probability that a label is replaced by the flow's null class.
@@ -51,6 +55,8 @@ class FlowTask(Task):
         checkpoint_every: recompute every so many layers' activations in the backward pass; 0: keep all.
         compile_layers: torch.compile every transformer layer.
         autoencoder: where the codec's autoencoder is now, if its directory moved.
+        initial: directory of a flow of the same configuration (a stage's, or from `srcflow convert`) whose weights the run starts from;
+            null: fresh ones. A checkpoint goes before it.
         optimization: optimizer, schedule, clipping and the limit of non-finite steps.
         seed: key of all random numbers of the task.
         artifact: directory the result is written to at the end of fit.
@@ -75,6 +81,7 @@ class FlowTask(Task):
         checkpoint_every: int = 0,
         compile_layers: bool = False,
         autoencoder: str | None = None,
+        initial: str | None = None,
         optimization: Optimization = DEFAULT,
         seed: int = 0,
         artifact: str | None = None,
@@ -95,7 +102,7 @@ class FlowTask(Task):
             problems.add(ConfigError("checkpoint_every", checkpoint_every, "must not be negative.", "Write 0 to keep all activations."))
         problems.raise_if_any()
         self.flow = flow
-        self.codec, self.moved_autoencoder = codec, autoencoder
+        self.codec, self.moved_autoencoder, self.initial = codec, autoencoder, initial
         self.noise = noise
         self.label_dropout, self.latent_norm_weight, self.statistics_batches = label_dropout, latent_norm_weight, statistics_batches
         self.guidance, self.solver, self.temperature, self.evaluation = guidance, solver, temperature, evaluation
@@ -138,6 +145,12 @@ class FlowTask(Task):
                     "Make them equal; 0 for an unconditional flow.",
                 )
             )
+        if self.flow.self_denoiser is not None and stage == "fit":
+            with problems.collect():
+                self._check_denoiser()
+        if self.initial is not None:
+            with problems.collect():
+                self._start_from(self.initial)
         if self.evaluation.extractor is not None:
             with problems.collect():
                 check_judge(self.evaluation.extractor, autoencoder)
@@ -148,6 +161,28 @@ class FlowTask(Task):
         if self.compile_layers:
             self.flow.compile_layers()
             self.compile_layers = False
+
+    def _check_denoiser(self) -> None:
+        """Refuse to train a denoiser on a score that is not that of known noise."""
+        if not isinstance(self.noise, Constant):
+            why = "the flow's denoiser is trained for Gaussian noise of one deviation."
+            raise ConfigError("model.noise", type(self.noise).__name__, why, f"Write {Constant.__name__}.")
+        check_denoising(self.compressor, self.flow, self.noise.sigma, "learned", key="model.flow.")
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            why = "the score of a sharded flow cannot be taken before its loss is."
+            raise ConfigError("trainer.strategy", "ModelParallelStrategy", why, "Use ddp, or a flow without denoiser.")
+
+    def _start_from(self, directory: str) -> None:
+        """Load another flow's weights.
+
+        Raises:
+            ArtifactError: there is no flow, or its keys or shapes do not fit; lists them.
+        """
+        places = locate(directory)
+        if "flow" not in places:
+            raise ArtifactError(f"model.initial = {directory!r} holds no flow.")
+        artifacts.load_state(self.flow, artifacts.read_tensors(places["flow"] / artifacts.MODEL), what=f"model.initial = {directory!r}")
+        self.initial = None  # setup is called again for another loop
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -234,8 +269,9 @@ class FlowTask(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean negative log-likelihood in nats per dimension, plus the latent-norm penalty."""
-        codes = self.codes(batch, "train")
-        first, outputs, logdet = self.flow.steps(codes, self.condition(batch, dropout=True))
+        codes = self.codes(batch, "train").requires_grad_(self.flow.self_denoiser is not None)
+        condition = self.condition(batch, dropout=True)
+        first, outputs, logdet = self.flow.steps(codes, condition)
         z = outputs[-1].z
         dims = z.shape[1:].numel()
         prior = -normal_log_prob(z).mean() / dims
@@ -245,6 +281,10 @@ class FlowTask(Task):
             penalty = sum((o.z.square().mean() for o in outputs[:-1]), start=first.square().mean())
             loss = nll + self.latent_norm_weight * penalty
             self.log("train/latent_norm", penalty.detach())
+        if self.flow.self_denoiser is not None:
+            error = self._denoiser_loss(codes, condition, z, logdet)
+            self.log("train/denoiser", error.detach())
+            loss = loss + error
         if self.flow.learn_prior:  # one batch whose square is the mean over all ranks
             moments = cast(Tensor, self.trainer.strategy.reduce(z.detach().square().mean(0), reduce_op="mean"))
             self.flow.update_prior(moments.sqrt()[None])
@@ -253,6 +293,12 @@ class FlowTask(Task):
         if (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
             self.log_dict(self._block_statistics(outputs, "train"))
         return loss
+
+    def _denoiser_loss(self, codes: Tensor, condition: Condition | None, z: Tensor, logdet: Tensor) -> Tensor:
+        """Mean squared error of the denoiser's prediction against -s grad log p(x), about the unit noise (E20); trains nothing else."""
+        (score,) = torch.autograd.grad((normal_log_prob(z) + logdet).sum(), codes, retain_graph=True)
+        deviation = cast(Constant, self.noise).sigma * self.autoencoder.noise_scale()
+        return F.mse_loss(self.flow.denoiser(codes.detach(), condition), -deviation * score.detach())
 
     @torch.no_grad()
     def _block_statistics(self, outputs: list[BlockOutput], stage: str) -> dict[str, Tensor]:
