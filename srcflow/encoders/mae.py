@@ -18,9 +18,12 @@ class MAE(TimmViT):
     Args:
         size: the model's size.
         image_size: what images are resized to inside, one number or [height, width], multiples of the patch.
-        weights: "hub" (timm's copy of the published weights), the path of a safetensors file in timm's layout, or null for random weights.
+        weights: "hub" (timm's copy of the published weights), the path of a safetensors file in timm's layout, the directory that
+            `srcflow convert encoder` wrote, or null for random weights.
         last_layers: the tokens are the sum of the last k blocks' outputs (see TimmViT).
         timm_args: further arguments of the timm model, e.g. to build a small one.
+        norm_eps: epsilon of every LayerNorm; null: 1e-12.
+        act_layer: activation of the MLPs as timm calls it ("gelu", "gelu_tanh"); null: the published model's, "gelu".
     """
 
     def __init__(
@@ -30,7 +33,18 @@ class MAE(TimmViT):
         weights: str | None = "hub",
         last_layers: int = 1,
         timm_args: dict[str, Any] | None = None,
+        norm_eps: float | None = None,
+        act_layer: str | None = None,
     ) -> None:
         if size not in _NAMES:
             raise ConfigError("encoder.size", size, "no such size of MAE.", f"Known: {', '.join(_NAMES)}.")
-        super().__init__(_NAMES[size], image_size, weights, last_layers, norm_eps=1e-12, antialias=False, timm_args=timm_args)
+        super().__init__(
+            _NAMES[size],
+            image_size,
+            weights,
+            last_layers,
+            norm_eps=1e-12 if norm_eps is None else norm_eps,
+            antialias=False,
+            act_layer=act_layer,
+            timm_args=timm_args,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import sys
 from functools import partial
@@ -11,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from srcflow import artifacts
 from srcflow.encoders.base import Encoder
-from srcflow.errors import ConfigError, ShapeError, UnknownNameError
+from srcflow.errors import ConfigError, ShapeError, SrcflowError, UnknownNameError
 from srcflow.nn.patchify import pair
+from srcflow.registry import build
 from srcflow.types import Grid
 
 _HEADS = ("norm.", "fc_norm.", "head.", "head_dist.", "head_drop.", "attn_pool.")
@@ -30,8 +34,9 @@ class TimmViT(Encoder):
     Args:
         model: timm's name, with the tag of the weights where there are several, e.g. `vit_base_patch14_reg4_dinov2.lvd142m`.
         image_size: what images are resized to inside, one number or [height, width], multiples of the model's patch; null: the model's own.
-        weights: "hub" (what timm downloads for this name), the path of a local safetensors file in timm's layout, or null for random
-            weights. Read by `setup`.
+        weights: "hub" (what timm downloads for this name), the path of a local safetensors file in timm's layout, the directory of an
+            encoder that `srcflow convert encoder` wrote (or its model.safetensors; its mean and std come along), or null for random
+            weights. Read by `setup`; a position table of another grid is resampled.
         last_layers: k: the tokens are the sum of the outputs of the last k transformer blocks (the residual stream after each, before the
             final norm), patch tokens only; 1: the last block's output.
         norm_eps: epsilon of every LayerNorm of the model, the final one included; null: the model's own.
@@ -114,36 +119,82 @@ class TimmViT(Encoder):
         """Load the weights that `weights` names, the position table resampled to this encoder's grid. Random weights stay as they are.
 
         Raises:
-            ConfigError: the file is missing, is not safetensors, or does not fit the model.
+            ConfigError: the file is missing, is not safetensors, does not fit the model, or was written by an encoder of other settings.
         """
         if self.weights is None:
             return
+        grid = None
         if self.weights == "hub":
             state = _from_hub(self.name, self._arguments)
         else:
-            state = read_safetensors(self.weights, "encoder.weights")
+            state, grid = self._from_file(self.weights)
         convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
         if "pos_embed" in state and getattr(self.model, "pos_embed", None) is not None:
-            state["pos_embed"] = self._resampled(state["pos_embed"])
+            state["pos_embed"] = self.resampled(state["pos_embed"], grid)
         if convert is not None:  # other projects' key layouts that timm itself reads
             takes = inspect.signature(convert).parameters
             state = convert(state, self.model, **({"antialias": self.antialias} if "antialias" in takes else {}))
         state = {k: v for k, v in state.items() if not k.startswith(_HEADS) and k != "mask_token"}
         load_exactly(self.model, state, str(self.weights), "encoder.weights")
 
-    def _resampled(self, table: Tensor) -> Tensor:
-        """A square position table of another grid, resampled to this model's (1, prefix + rows * columns, D)."""
-        from timm.layers.pos_embed import resample_abs_pos_embed
+    def resampled(self, table: Tensor, grid: Grid | None = None) -> Tensor:
+        """A position table of another grid as this model's: bicubic with or without antialias as `antialias` says, at least in float32.
 
+        Args:
+            table: (1, prefix + N, D), the prefix being the tokens that have a position here (none, or the class token).
+            grid: the table's (rows, columns); null: it is square.
+
+        Returns:
+            (1, prefix + rows * columns, D) of this model's grid; `table` itself if it has that grid, or is no table of such a grid.
+        """
         prefix = 0 if getattr(self.model, "no_embed_class", False) else int(self.model.num_prefix_tokens)
-        rows, columns = self.model.patch_embed.grid_size
-        side = math.isqrt(table.shape[1] - prefix)
-        if side * side != table.shape[1] - prefix or (side, side) == (rows, columns):
+        own: Grid = tuple(self.model.patch_embed.grid_size)
+        side = math.isqrt(max(0, table.shape[1] - prefix))
+        grid = grid or (side, side)
+        if grid[0] * grid[1] != table.shape[1] - prefix or grid == own:
             return table  # the right grid, or a layout that timm's own conversion knows
-        resampled: Tensor = resample_abs_pos_embed(
-            table, [rows, columns], [side, side], prefix, interpolation="bicubic", antialias=self.antialias
-        )
-        return resampled
+        patches = table[:, prefix:].reshape(1, *grid, -1).permute(0, 3, 1, 2).to(torch.promote_types(table.dtype, torch.float32))
+        patches = F.interpolate(patches, size=own, mode="bicubic", align_corners=False, antialias=self.antialias)
+        return torch.cat([table[:, :prefix], patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], 1)
+
+    def _from_file(self, weights: str) -> tuple[dict[str, Tensor], Grid | None]:
+        """The weights in timm's layout, and the grid of their position table if it is known; takes mean and std from an artifact."""
+        path = Path(weights)
+        if path.is_dir():
+            path /= artifacts.MODEL
+        state = read_safetensors(str(path), "encoder.weights")
+        if not all(k in ("mean", "std") or k.startswith("model.") for k in state):
+            return state, None
+        config, grid = path.with_name(artifacts.CONFIG), None
+        if config.is_file():
+            grid = self._checked(weights, json.loads(config.read_text()))
+        for name in ("mean", "std"):
+            if name in state:
+                getattr(self, name).copy_(state.pop(name))
+        return {k.removeprefix("model."): v for k, v in state.items()}, grid
+
+    def _checked(self, weights: str, spec: dict[str, Any]) -> Grid:
+        """The grid of the encoder that an artifact holds, if that has the settings of this one that its weights do not show."""
+        try:
+            with torch.device("meta"):
+                source = build(spec, Encoder)
+        except SrcflowError as e:
+            raise ConfigError("encoder.weights", weights, f"is no artifact of an encoder: {e}") from e
+        if not isinstance(source, TimmViT):
+            raise ConfigError("encoder.weights", weights, f"holds the weights of {type(source).__name__}, not of {type(self).__name__}.")
+        there, here = source._settings(), self._settings()
+        if wrong := [f"{k} {there[k]} there, {here[k]} here" for k in here if there[k] != here[k]]:
+            raise ConfigError(
+                "encoder.weights", weights, f"belongs to an encoder of other settings: {'; '.join(wrong)}.", f"Its own: {json.dumps(spec)}"
+            )
+        grid: Grid = tuple(source.model.patch_embed.grid_size)
+        return grid
+
+    def _settings(self) -> dict[str, Any]:
+        """What changes the tokens and cannot be seen in the weights."""
+        block = self.model.blocks[0]
+        heads = getattr(getattr(block, "attn", None), "num_heads", None)
+        return {"norm_eps": self.norm_eps, "heads": heads, "activation": type(getattr(getattr(block, "mlp", None), "act", None)).__name__}
 
 
 def _create(name: str, arguments: dict[str, Any], pretrained: bool = False) -> Any:

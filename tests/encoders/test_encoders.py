@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from srcflow import artifacts
+from srcflow.compressors.identity import Identity
 from srcflow.encoders.base import Encoder
 from srcflow.encoders.dinov2 import DINOv2
 from srcflow.encoders.efficientnet_lite import EfficientNetLite
@@ -178,6 +180,76 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load(saved(source, tmp_path / "c.safetensors", **{"blocks.0.norm1.weight": torch.ones(25)}))
 
 
+@pytest.mark.parametrize("make", [DINOv2, SigLIP2, MAE])
+def test_weights_from_an_artifact(make: Callable[..., TimmViT], tmp_path: Path) -> None:
+    """What `srcflow convert encoder` writes: named by directory or file, with its mean and std, at its own grid or another."""
+    patch = 14 if make is DINOv2 else 16
+    x = images(1, 3, 4 * patch, 4 * patch)
+    source = perturbed(make(image_size=4 * patch, weights=None, timm_args=SMALL))
+    source.mean.copy_(torch.tensor([0.1, 0.2, 0.3]))
+    source.std.copy_(torch.tensor([0.9, 0.8, 0.7]))
+    folder = artifacts.save(tmp_path / "a", source)
+    save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "alone.safetensors")
+    for weights in (folder, folder / "model.safetensors", tmp_path / "alone.safetensors"):
+        copy = make(image_size=4 * patch, weights=str(weights), timm_args=SMALL)
+        copy.setup()
+        assert torch.equal(copy(x)[0], source(x)[0])
+        assert torch.equal(copy.mean, source.mean)
+    prefix = 1 if make is MAE else 0
+    for old, size in ((source, (6 * patch, 5 * patch)), (source, (2 * patch, 8 * patch)), (wide(make, patch), (4 * patch, 4 * patch))):
+        folder = artifacts.save(tmp_path / "b", old)
+        other = make(image_size=size, weights=str(folder), timm_args=SMALL)
+        other.setup()
+        table = old.model.pos_embed[:, prefix:].transpose(1, 2).unflatten(2, old.model.patch_embed.grid_size)
+        grid = (size[0] // patch, size[1] // patch)
+        want = nn.functional.interpolate(table, grid, mode="bicubic", align_corners=False, antialias=make is DINOv2)
+        torch.testing.assert_close(other.model.pos_embed[:, prefix:], want.flatten(2).transpose(1, 2))
+
+
+def wide(make: Callable[..., TimmViT], patch: int) -> TimmViT:
+    """An encoder of a 2 x 8 grid, whose table could be taken for one of 4 x 4."""
+    return perturbed(make(image_size=(2 * patch, 8 * patch), weights=None, timm_args=SMALL))  # type: ignore[return-value]
+
+
+def test_artifacts_of_other_encoders_are_refused(tmp_path: Path) -> None:
+    """Also where the difference is none that the weights would show."""
+
+    def load(source: Any, **changes: Any) -> None:
+        folder = artifacts.save(tmp_path / "a", source)
+        MAE(image_size=32, weights=str(folder), **{"timm_args": SMALL, **changes}).setup()
+
+    source = MAE(image_size=32, weights=None, timm_args=SMALL)
+    load(source)
+    with pytest.raises(ConfigError, match=r"norm_eps 1e-12 there, 1e-06 here"):
+        load(source, norm_eps=1e-6)
+    with pytest.raises(ConfigError, match=r"heads 2 there, 3 here; activation GELU there, GELUTanh here"):
+        load(source, act_layer="gelu_tanh", timm_args={**SMALL, "num_heads": 3})
+    with pytest.raises(ConfigError, match=r"missing|unknown"):
+        load(DINOv2(image_size=28, weights=None, norm_eps=1e-12, timm_args=SMALL))
+    with pytest.raises(ConfigError, match="weights of EfficientNetLite, not of MAE"):
+        load(EfficientNetLite(image_size=32, weights=None))
+    with pytest.raises(ConfigError, match="is no artifact of an encoder"):
+        load(Identity(4))
+    with pytest.raises(ConfigError, match=r"model\.safetensors.*no such file"):
+        MAE(image_size=32, weights=str(tmp_path), timm_args=SMALL).setup()
+
+
+def test_registers() -> None:
+    """Without registers the class token has a position of its own, and the table is resampled without antialias."""
+    encoder = perturbed(DINOv2(image_size=28, weights=None, registers=0, timm_args=SMALL))
+    assert encoder.name == "vit_base_patch14_dinov2.lvd142m"
+    assert encoder.model.forward_features(torch.zeros(1, 3, 28, 28)).shape[1] == 5
+    assert (encoder.model.pos_embed.shape[1], encoder.antialias) == (5, False)
+    assert encoder(images(1, 3, 28, 28))[0].shape == (1, 4, 24)
+
+
+@pytest.mark.parametrize("make", [DINOv2, SigLIP2, MAE])
+def test_epsilon_and_activation_are_options(make: Callable[..., TimmViT]) -> None:
+    encoder = make(image_size=112, weights=None, norm_eps=1e-3, act_layer="relu", timm_args=SMALL)
+    assert {m.eps for m in encoder.modules() if isinstance(m, nn.LayerNorm)} == {encoder.norm_eps} == {1e-3}
+    assert {type(b.mlp.act) for b in encoder.model.blocks} == {nn.ReLU}
+
+
 @pytest.mark.parametrize("size", ["lite0", "lite1"])
 def test_packaged_weights(size: Any) -> None:
     """The package's file, renamed, is the timm network: every tensor is used, and the features are not those of random weights."""
@@ -262,6 +334,7 @@ def test_meta_device() -> None:
     (lambda: TimmViT("vit_tiny_patch16_224", last_layers=13), ConfigError, "12 layers"),
     (lambda: TimmViT("vit_tiny_patch16_224", dynamic=True, antialias=False), ConfigError, "antialias"),
     (lambda: DINOv2(size="huge"), ConfigError, "giant"),  # type: ignore[arg-type]
+    (lambda: DINOv2(registers=3), ConfigError, "Known: 0, 4"),  # type: ignore[arg-type]
     (lambda: SigLIP2(size="huge"), ConfigError, "so400m"),  # type: ignore[arg-type]
     (lambda: MAE(size="tiny"), ConfigError, "base, large, huge"),  # type: ignore[arg-type]
     (lambda: EfficientNetLite("lite5"), ConfigError, "lite4"),  # type: ignore[arg-type]
