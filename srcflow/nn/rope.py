@@ -31,7 +31,7 @@ def angles(head_dim: int, side: float, grid: Grid, text: int, text_axis: bool, d
     pairs = head_dim // 2 - (TEXT_FREQUENCIES if text_axis else 0)
     if head_dim % 4 or pairs < 2:
         raise ConfigError(
-            "head_dim", head_dim, "rotary positions need a multiple of 4" + (" above 20 with a text axis." if text_axis else ".")
+            "head_dim", head_dim, "rotary positions need a multiple of 4" + (" of at least 20 with a text axis." if text_axis else ".")
         )
     f = BASE ** (-2.0 * torch.arange(pairs // 2, device=device, dtype=torch.float64) / pairs)
     h, w = grid
