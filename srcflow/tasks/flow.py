@@ -145,6 +145,9 @@ class FlowTask(Task):
                     "Make them equal; 0 for an unconditional flow.",
                 )
             )
+        if not problems.found:
+            with problems.collect():
+                self.evaluation.check(self.compressor, self.flow, self.noise)
         if self.flow.self_denoiser is not None and stage == "fit":
             with problems.collect():
                 self._check_denoiser()
@@ -232,11 +235,11 @@ class FlowTask(Task):
         if mesh is None or any(isinstance(p, DTensor) for p in self.flow.parameters()):
             return
         ranks = mesh["data_parallel"]
-        for block in self.flow.blocks:
-            for layer in getattr(block, "layers", []):
+        for trunk in (*self.flow.blocks, self.flow.self_denoiser):
+            for layer in getattr(trunk, "layers", []):
                 fully_shard(layer, mesh=ranks)
         fully_shard(self.flow, mesh=ranks)
-        for name in ("steps", "log_prob", "class_log_probs", "blocks_inverse", "inverse"):
+        for name in ("steps", "log_prob", "class_log_probs", "blocks_inverse", "inverse", "denoiser"):
             register_fsdp_forward_method(self.flow, name)
 
     # --- data --------------------------------------------------------------------------------------------------------------------
@@ -345,12 +348,20 @@ class FlowTask(Task):
         self.log_dict({k: v.float() for k, v in values.items()}, prog_bar=True, rank_zero_only=True)
 
     def sample_images(self, labels: int | Tensor, seed: int) -> Tensor:
-        """Images (n, 3, H, W) in [0, 1] for n samples or the given labels (n,), under the task's guidance, solver and temperature."""
+        """Images (n, 3, H, W) in [0, 1] for n samples or the given labels (n,), under the task's guidance, solver, temperature and denoising."""
         with self.trainer.precision_plugin.forward_context():
             condition: int | Condition = labels if isinstance(labels, int) else Condition(labels=labels)
             if not isinstance(condition, int) and self.flow.kind != "labels":
                 condition = len(condition)
-            return self.pipeline.sample(condition, seed=seed, guidance=self.guidance, solver=self.solver, temperature=self.temperature)
+            return self.pipeline.sample(
+                condition,
+                seed=seed,
+                guidance=self.guidance,
+                solver=self.solver,
+                temperature=self.temperature,
+                denoise=self.evaluation.denoise,
+                denoiser=self.evaluation.denoiser,
+            )
 
     # --- test and prediction -----------------------------------------------------------------------------------------------------
 
