@@ -593,6 +593,7 @@ def test_a_base_model_of_full_size(tmp_path: Path, record_property: Callable[[st
         return result
 
     print()
+    timed("before: timm imported, the weights in memory", lambda: DINOv2(image_size=28, weights=None, timm_args={"depth": 1}))
     ours = timed("convert", lambda: encoder(state))
     timed("save", lambda: artifacts.save(tmp_path / "a", ours))
     again = timed("load", lambda: artifacts.load(tmp_path / "a", Encoder))
