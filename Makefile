@@ -18,7 +18,7 @@ help:
 	@echo "make install    .venv with the package, editable, and everything below needs"
 	@echo "make demo       the whole pipeline on Fashion-MNIST: results in runs/demo"
 	@echo "make test       lint, types and the tests"
-	@echo "make test-slow  tests that take minutes, and those for a GPU where there is one"
+	@echo "make test-slow  tests that take minutes, comparisons with transformers and diffusers, and those for a GPU where there is one"
 	@echo "make lint       ruff and import-linter"
 	@echo "make types      mypy --strict"
 	@echo "make docs       the documentation, in site/"
@@ -31,10 +31,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py
 
 test: lint types
-	$(PYTEST) -m "not slow and not gpu" tests srcflow
+	$(PYTEST) -m "not slow and not gpu and not reference" tests srcflow
 
-test-slow: $(VENV)/.dev
-	$(PYTEST) -m "slow or gpu" tests
+test-slow: $(VENV)/.reference
+	$(PYTEST) -m "slow or gpu or reference" tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -78,6 +78,11 @@ $(VENV)/.dev: pyproject.toml $(addsuffix /pyproject.toml,$(PLUGINS)) $(wildcard 
 	@$(PIP) --editable ".[dev,demo,fid]"
 	@$(if $(PLUGINS),$(PIP) --no-deps --upgrade --target $(VENV)/plugins $(addprefix ./,$(PLUGINS)))
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.reference: pyproject.toml | $(VENV)/.dev
+	@echo "Installing srcflow[reference] into $(VENV)"
+	@$(PIP) --editable ".[reference]"
+	@touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.python
 	@echo "Installing srcflow[docs] into $(VENV)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +158,10 @@ def read(path: str | Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        why = "it holds something else than tensors, and reading that would run code from the file"
-        raise ArtifactError(f"{file} was not read: {why}: {e}. Save the bare state dict, best as safetensors.") from e
+        if found := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(e)):
+            why = f"it holds a {found[1]}, and reading that would run code from the file"
+            raise ArtifactError(f"{file} was not read: {why}. Save the bare state dict, best as safetensors.") from e
+        raise ArtifactError(f"{file} cannot be read: it is no file of torch's, or damaged.") from e
     except (RuntimeError, EOFError, ValueError) as e:
         raise ArtifactError(f"{file} cannot be read: {e}.") from e
     return unwrap(content, what=str(file))

@@ -348,7 +348,7 @@ class FlowTask(Task):
         self.log_dict({k: v.float() for k, v in values.items()}, prog_bar=True, rank_zero_only=True)
 
     def sample_images(self, labels: int | Tensor, seed: int) -> Tensor:
-        """Images (n, 3, H, W) in [0, 1] for n samples or the given labels (n,), under the task's guidance, solver, temperature and denoising."""
+        """Images (n, 3, H, W) in [0, 1] for n samples or the given labels (n,), drawn and denoised as the task is set to."""
         with self.trainer.precision_plugin.forward_context():
             condition: int | Condition = labels if isinstance(labels, int) else Condition(labels=labels)
             if not isinstance(condition, int) and self.flow.kind != "labels":
