@@ -208,34 +208,36 @@ def starflow(
             "final_norm": bool(use_final_norm),
         }
 
-    built = []
-    for k, depth in enumerate(layers):
-        w = top if k == last else width
-        empty = depth == 0 and k != last
-        coupling: Coupling = SoftplusAffine() if use_softplus else Affine()
-        built.append(
-            TransformerBlock(
-                token,
-                w,
-                depth,
-                positions(w),
-                coupling,
-                conditioner(w) if dim and not empty and (k == last or not cond_top_only) else None,
-                start="sos" if sos else "shift",
-                order="reverse" if k % 2 == (seq_order == "R2L") else "raster",
-                clip=float(soft_clip),
-                clip_what="both",
-                identity=empty,
-                **(options(w, f"blocks.{k}", depth) if not empty else {"head_dim": size, "heads": num_heads or 1}),
+    with torch.device("meta"):
+        built = []
+        for k, depth in enumerate(layers):
+            w = top if k == last else width
+            empty = depth == 0 and k != last
+            coupling: Coupling = SoftplusAffine() if use_softplus else Affine()
+            built.append(
+                TransformerBlock(
+                    token,
+                    w,
+                    depth,
+                    positions(w),
+                    coupling,
+                    conditioner(w) if dim and not empty and (k == last or not cond_top_only) else None,
+                    start="sos" if sos else "shift",
+                    order="reverse" if k % 2 == (seq_order == "R2L") else "raster",
+                    clip=float(soft_clip),
+                    clip_what="both",
+                    identity=empty,
+                    **(options(w, f"blocks.{k}", depth) if not empty else {"head_dim": size, "heads": num_heads or 1}),
+                )
             )
-        )
-    denoiser = None
-    if learnable_self_denoiser:
-        depth = show.layers(prefix=DENOISER)
-        seen = conditioner(width) if conditional_denoiser and dim else None
-        denoiser = Denoiser(token, width, positions(width), depth, seen, **options(width, DENOISER, depth))
+        denoiser = None
+        if learnable_self_denoiser:
+            depth = show.layers(prefix=DENOISER)
+            seen = conditioner(width) if conditional_denoiser and dim else None
+            denoiser = Denoiser(token, width, positions(width), depth, seen, **options(width, DENOISER, depth))
+        flow = Flow(built, denoiser=denoiser)
     sizes.raise_if_any()
-    flow = Flow(built, denoiser=denoiser).to(precision(state_dict))
+    flow.to(precision(state_dict))
     given = {
         "sos": bool(sos),
         "rope": bool(rope),

@@ -10,6 +10,7 @@ import fnmatch
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def load(
     """Fill every tensor of `module` from `state`.
 
     Args:
-        module: the module, of the right sizes, not on the meta device.
+        module: the module, of the right sizes; on the meta device it is given memory, so that no weight is drawn only to be overwritten.
         state: their tensors.
         rules: cover the module.
         what: what the weights are called in errors.
@@ -117,6 +118,8 @@ def load(
     ]
     if lines:
         raise WeightsError(f"{what}: the weights do not fit this configuration:\n  " + "\n  ".join(lines) + (f"\n{hint}" if hint else ""))
+    if any(t.is_meta for t in module.state_dict().values()):
+        module.to_empty(device="cpu")
     own = module.state_dict()
     for rule in rules:
         for name, tensor in zip(rule.ours, rule.to_ours(*(state[k] for k in rule.theirs)), strict=True):
@@ -156,13 +159,13 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return unwrap(read_tensors(file), what=str(file))
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as e:
         if found := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(e)):
             why = f"it holds a {found[1]}, and reading that would run code from the file"
             raise ArtifactError(f"{file} was not read: {why}. Save the bare state dict, best as safetensors.") from e
         raise ArtifactError(f"{file} cannot be read: it is no file of torch's, or damaged.") from e
-    except (RuntimeError, EOFError, ValueError) as e:
+    except (RuntimeError, EOFError, OSError, ValueError) as e:
         raise ArtifactError(f"{file} cannot be read: {e}.") from e
     return unwrap(content, what=str(file))
 

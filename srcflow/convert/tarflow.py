@@ -86,24 +86,26 @@ def tarflow(
     check_expansion(sizes, expansion, width, hidden)
     sizes.raise_if_any()
     grid = (side, side)
-    flow = Flow(
-        [
-            TransformerBlock(
-                token,
-                width,
-                depth,
-                Learned(grid, width),
-                Affine() if nvp else Additive(),
-                ClassTable(classes, width, null="mean") if classes else None,
-                start="shift",
-                order="reverse" if k % 2 else "raster",
-                head_dim=head_dim,
-                expansion=hidden / width,
-            )
-            for k, depth in enumerate(layers)
-        ],
-        learn_prior=not nvp,
-    ).to(precision(state_dict))
+    with torch.device("meta"):
+        flow = Flow(
+            [
+                TransformerBlock(
+                    token,
+                    width,
+                    depth,
+                    Learned(grid, width),
+                    Affine() if nvp else Additive(),
+                    ClassTable(classes, width, null="mean") if classes else None,
+                    start="shift",
+                    order="reverse" if k % 2 else "raster",
+                    head_dim=head_dim,
+                    expansion=hidden / width,
+                )
+                for k, depth in enumerate(layers)
+            ],
+            learn_prior=not nvp,
+        )
+    flow.to(precision(state_dict))
     hint = "" if _rows(show, 1 if not nvp else 2) else f"The heads look like a model with nvp={not nvp}."
     load(flow, state_dict, tarflow_rules(flow), what="TARFlow", ignore=UNUSED, hint=hint)
     return flow.eval()
@@ -176,7 +178,7 @@ def tarflow_rules(flow: Flow) -> list[Rule]:
             return var.sqrt(), var
 
         def square(std: Tensor, var: Tensor) -> tuple[Tensor, ...]:
-            return (var if torch.equal(var.sqrt(), std) else std.square(),)
+            return (var if var.is_meta or torch.equal(var.sqrt(), std) else std.square(),)
 
         rules = [Rule(("prior_std", "prior_var"), ("var",), root, square)]
     else:

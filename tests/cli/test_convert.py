@@ -186,3 +186,13 @@ def test_export_refuses_what_the_format_cannot_express(tarflow: Path, tmp_path: 
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "mine.txt").write_text("keep")
     assert "is not empty" in error(*flow, "--format", "tarflow")
+
+
+def test_a_truncated_file_is_told(tarflow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tarflow.read_bytes()
+    for name, part in (("start.pth", whole[: len(whole) // 2]), ("end.pth", whole[len(whole) // 2 :])):
+        (tmp_path / name).write_bytes(part)
+        assert f"{name} cannot be read" in fails(["convert", "tarflow", str(tmp_path / name), "--out", str(tmp_path / "o")], capsys)
+    save_file({"blocks.0.proj_in.weight": torch.ones(8, 8)}, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-16])
+    assert "cut.safetensors cannot be read" in fails(["convert", "tarflow", str(tmp_path / "cut.safetensors"), "--out", "o"], capsys)
