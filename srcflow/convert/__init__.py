@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from srcflow.convert.diffusers import rae_diffusers, to_diffusers
+from srcflow.convert.encoder import encoder, to_transformers
+from srcflow.convert.rae import rae, to_rae
+from srcflow.convert.rae_decoder import rae_decoder, to_rae_decoder
 from srcflow.convert.starflow import starflow, to_starflow
 from srcflow.convert.tarflow import tarflow, to_tarflow
 
-__all__ = ["starflow", "tarflow", "to_starflow", "to_tarflow"]
+__all__ = [
+    "encoder",
+    "rae",
+    "rae_decoder",
+    "rae_diffusers",
+    "starflow",
+    "tarflow",
+    "to_diffusers",
+    "to_rae",
+    "to_rae_decoder",
+    "to_starflow",
+    "to_tarflow",
+    "to_transformers",
+]
