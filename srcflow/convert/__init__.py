@@ -6,8 +6,9 @@ from srcflow.convert.diffusers import rae_diffusers, to_diffusers
 from srcflow.convert.encoder import encoder, to_transformers
 from srcflow.convert.rae import rae, to_rae
 from srcflow.convert.rae_decoder import rae_decoder, to_rae_decoder
-from srcflow.convert.starflow import starflow, to_starflow
-from srcflow.convert.tarflow import tarflow, to_tarflow
+from srcflow.convert.starflow import starflow
+from srcflow.convert.tarflow import tarflow
+from srcflow.convert.to_flows import to_starflow, to_tarflow
 
 __all__ = [
     "encoder",

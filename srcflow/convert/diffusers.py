@@ -165,8 +165,9 @@ def to_diffusers(autoencoder: RepresentationAutoencoder, folder: str | os.PathLi
         factor = EPS / eps
         std = std * factor
     state = dict[str, Tensor]()
-    with problems.collect():
-        state = _sized_encoder(autoencoder, kind)
+    if kind:
+        with problems.collect():
+            state = _sized_encoder(autoencoder, kind)
     problems.raise_if_any()
     _warn_of_positions(autoencoder)
 

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from srcflow.convert.config import Sizes, known
-from srcflow.convert.state import Rule, exported, load, precision
+from srcflow.convert.state import Rule, load, precision
 from srcflow.convert.trunks import (
     UNUSED,
-    Expressible,
     Shown,
     State,
     check_expansion,
     check_patches,
     layers_of,
-    patch_of,
     trunk_rules,
 )
 from srcflow.couplings.affine import Affine
@@ -35,8 +32,6 @@ from srcflow.flows.conditioners import ClassToken, Conditioner, TextPrefix
 from srcflow.flows.denoiser import Denoiser
 from srcflow.flows.flow import Flow
 from srcflow.flows.positions import Learned, Positions, Rotary
-from srcflow.flows.trunk import Trunk
-from srcflow.registry import spec_of
 
 DENOISER = "learnable_self_denoiser"
 
@@ -254,108 +249,6 @@ def starflow(
     rules = starflow_rules(flow, var=tuple(state["var"].shape))
     load(flow, state, rules, what="STARFlow", ignore=UNUSED, hint=hint)
     return flow.eval()
-
-
-def to_starflow(flow: Flow, *, in_channels: int = 4, txt_size: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A flow as STARFlow's published code loads it: its state dict, without the buffers that are not read, and the constructor's arguments.
-
-    Args:
-        flow: the flow.
-        in_channels: channels of the latents it models.
-        txt_size: text length to build the published model for; None: the null text's, else 1 (any works, what counts is not 0).
-
-    Raises:
-        ConfigError: names every part of the flow that STARFlow cannot express (ProblemsError for several).
-    """
-    check = Expressible("STARFlow", flow)
-    check.whole(prior=False, denoiser=True)
-    last = len(check.blocks) - 1
-    check.need(not check.blocks[last].identity, f"blocks[{last}].identity", True, "its last block has an input and an output map.")
-    check.problems.raise_if_any()
-    live = [b for b in check.blocks if not b.identity]
-    named: dict[str, Trunk] = {f"blocks[{k}]": b for k, b in enumerate(check.blocks) if not b.identity}
-    if flow.self_denoiser is not None:
-        named["denoiser"] = flow.self_denoiser
-    trunks = list(named.values())
-    specs = [spec_of(t)["init_args"] for t in trunks]
-    expansion = check.shared("expansion", [s["expansion"] for s in specs])
-    check.need(expansion == 4.0, "expansion", expansion, "its MLPs are 4 times as wide.")
-    for name, trunk in named.items():
-        rotary, seen = isinstance(trunk.positions, Rotary), trunk.conditioner
-        check.need(rotary, f"{name}.positions", type(trunk.positions).__name__, "its positions are rotary.")
-        fits = seen is None or isinstance(seen, TextPrefix) or (isinstance(seen, ClassToken) and seen.bias is not None)
-        check.need(fits, f"{name}.conditioner", type(seen).__name__, "it knows text, or classes as ClassToken with bias: true.")
-    side = check.shared("positions.side", [getattr(t.positions, "side", 0.0) for t in trunks])
-    check.need(float(side).is_integer(), "positions.side", side, "it is a whole number.")
-    text_axis = check.shared("positions.text_axis", [getattr(t.positions, "text_axis", False) for t in trunks])
-    option = {k: check.shared(k, [s[k] for s in specs]) for k in ("norm", "mlp", "qk_norm", "post_norm", "bias", "final_norm")}
-    head_dim = check.shared("head_dim", [t.head_dim for t in trunks])
-    coupling = check.shared("coupling", [type(b.coupling) for b in live])
-    check.need(coupling in (SoftplusAffine, Affine), "coupling", coupling.__name__, "its scale is a softplus or an exponential.")
-    start = check.shared("start", [b.start_kind for b in live])
-    clip = check.shared("clip", [b.clip for b in live])
-    check.need(not clip or all(b.clip_what == "both" for b in live), "clip_what", "log_scale", "it clips both parameters.")
-    order = next((o for o, odd in (("R2L", 1), ("L2R", 0)) if check.orders([k % 2 == odd for k in range(last + 1)])), None)
-    check.need(order is not None, "blocks order", [b.order for b in check.blocks], "they alternate.")
-    top = check.blocks[last].width
-    lower = [t.width for t in trunks if t is not check.blocks[last]]
-    width = check.shared("width (but the last)", lower or [top])
-    conditioned = [b.conditioned for b in live]
-    top_only = conditioned[-1] and not any(conditioned[:-1])
-    uniform = top_only or len(set(conditioned)) == 1
-    check.need(uniform, "blocks conditioner", conditioned, "the last block or all of them see the condition.")
-    heads, kv_heads = _published_heads(check, trunks, head_dim)
-    with check.problems.collect():
-        patch = patch_of(flow, in_channels)
-    check.problems.raise_if_any()
-    conditioner = cast("TextPrefix | ClassToken | None", next((t.conditioner for t in trunks if t.conditioner is not None), None))
-    length = 0 if not text_axis else txt_size or (1 if flow.null_text is None else flow.null_text.shape[0])
-    config: dict[str, Any] = {
-        "in_channels": in_channels,
-        "img_size": flow.grid[0] * patch,
-        "patch_size": patch,
-        "channels": width,
-        "num_blocks": last + 1,
-        "layers_per_block": [b.layer_count for b in check.blocks],
-        "head_dim": head_dim,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "rope": True,
-        "pt_seq_len": None if int(side) == flow.grid[0] else int(side),
-        "sos": start == "sos",
-        "txt_size": length,
-        "txt_dim": 0
-        if conditioner is None
-        else conditioner.text_dim
-        if isinstance(conditioner, TextPrefix)
-        else conditioner.num_classes + 1,
-        "cond_top_only": top_only and len(live) > 1,
-        "use_softplus": coupling is SoftplusAffine,
-        "soft_clip": clip,
-        "norm_type": "rms_norm" if option["norm"] == "rms" else "layer_norm",
-        "use_qk_norm": option["qk_norm"],
-        "use_post_norm": option["post_norm"],
-        "use_swiglu": option["mlp"] == "gated",
-        "use_bias": option["bias"],
-        "use_final_norm": option["final_norm"],
-        "seq_order": order,
-        "top_block_channels": None if top == width else top,
-        "learnable_self_denoiser": flow.self_denoiser is not None,
-        "conditional_denoiser": flow.self_denoiser is not None and flow.self_denoiser.conditioned,
-    }
-    return exported(flow, starflow_rules(flow, var=(int(side) ** 2, flow.channels))), config
-
-
-def _published_heads(check: Expressible, trunks: list[Trunk], head_dim: int) -> tuple[int | None, int | None]:
-    """num_heads and num_kv_heads as the published constructor wants them: None for what follows from widths and head_dim."""
-    layered = [t for t in trunks if t.layer_count]
-    heads: int | None = None
-    if any(t.heads * head_dim != t.width for t in layered):
-        heads = check.shared("heads", [t.heads for t in layered])
-    kv_heads: int | None = None
-    if any(t.kv_heads != t.heads for t in layered):
-        kv_heads = check.shared("kv_heads", [t.kv_heads for t in layered])
-    return heads, kv_heads
 
 
 def starflow_rules(flow: Flow, var: tuple[int, ...] | None = None) -> list[Rule]:

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from srcflow.convert.config import Sizes, known
-from srcflow.convert.state import Rule, exported, load, precision
+from srcflow.convert.state import Rule, load, precision
 from srcflow.convert.trunks import (
     UNUSED,
-    Expressible,
     Shown,
     State,
     check_expansion,
     check_patches,
-    exact_expansion,
     layers_of,
-    patch_of,
     trunk_rules,
 )
 from srcflow.couplings.additive import Additive
 from srcflow.couplings.affine import Affine
-from srcflow.couplings.base import Coupling
 from srcflow.errors import WeightsError
 from srcflow.flows.block import TransformerBlock
 from srcflow.flows.conditioners import ClassTable
 from srcflow.flows.flow import Flow
 from srcflow.flows.positions import Learned
-from srcflow.registry import spec_of
 
 
 @known
@@ -109,65 +103,6 @@ def tarflow(
     hint = "" if _rows(show, 1 if not nvp else 2) else f"The heads look like a model with nvp={not nvp}."
     load(flow, state_dict, tarflow_rules(flow), what="TARFlow", ignore=UNUSED, hint=hint)
     return flow.eval()
-
-
-def to_tarflow(flow: Flow, *, in_channels: int = 3) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A flow as TARFlow's published code loads it (strictly): its state dict, buffers included, and the constructor's arguments.
-
-    Args:
-        flow: the flow.
-        in_channels: channels of the images it models.
-
-    Raises:
-        ConfigError: names every part of the flow that TARFlow cannot express (ProblemsError for several).
-    """
-    check = Expressible("TARFlow", flow)
-    check.whole(prior=True, denoiser=False)
-    specs = [spec_of(b)["init_args"] for b in check.blocks]
-    for k, (block, spec) in enumerate(zip(check.blocks, specs, strict=True)):
-        own = f"blocks[{k}]"
-        check.need(not block.identity, f"{own}.layers", 0, "its blocks have layers.")
-        check.need(block.start_kind == "shift", f"{own}.start", block.start_kind, "it shifts.")
-        check.need(isinstance(block.positions, Learned | None), f"{own}.positions", type(block.positions).__name__, "its are learned.")
-        kind: type[Coupling] = Additive if flow.learn_prior else Affine
-        why = "a flow with learn_prior is volume-preserving there." if flow.learn_prior else "its scale is exp(a)."
-        check.need(type(block.coupling) is kind, f"{own}.coupling", type(block.coupling).__name__, why)
-        conditioner = block.conditioner
-        is_table = conditioner is None or (isinstance(conditioner, ClassTable) and conditioner.null == "mean")
-        check.need(is_table, f"{own}.conditioner", type(conditioner).__name__, "its classes are tables whose mean is the null.")
-        heads = (block.heads, block.kv_heads)
-        full = (block.width // block.head_dim,) * 2
-        check.need(heads == full, f"{own}.heads, kv_heads", heads, "they are width / head_dim.")
-        plain = {"norm": "layer", "mlp": "gelu", "qk_norm": False, "post_norm": False, "bias": True, "final_norm": False, "clip": 0.0}
-        for key, value in plain.items():
-            check.need(spec[key] == value, f"{own}.{key}", spec[key], f"only {value!r}.")
-    check.need(
-        check.orders([bool(k % 2) for k in range(len(check.blocks))]), "blocks order", [s["order"] for s in specs], "they alternate."
-    )
-    width = check.shared("width", [b.width for b in check.blocks])
-    layers = check.shared("layers", [b.layer_count for b in check.blocks])
-    head_dim = check.shared("head_dim", [b.head_dim for b in check.blocks])
-    expansion = check.shared("expansion", [s["expansion"] for s in specs])
-    classes = check.shared("num_classes", [getattr(b.conditioner, "num_classes", 0) for b in check.blocks])
-    with check.problems.collect():
-        patch = patch_of(flow, in_channels)
-    check.problems.raise_if_any()
-    tokens = flow.prior_std.shape[0]
-    state = exported(flow, tarflow_rules(flow))
-    state.update({f"blocks.{k}.attn_mask": torch.tril(torch.ones(tokens, tokens)) for k in range(len(check.blocks))})
-    config = {
-        "nvp": not flow.learn_prior,
-        "in_channels": in_channels,
-        "img_size": flow.grid[0] * patch,
-        "patch_size": patch,
-        "channels": width,
-        "num_blocks": len(check.blocks),
-        "layers_per_block": layers,
-        "num_classes": classes,
-        "head_dim": head_dim,
-        "expansion": exact_expansion(expansion, width),
-    }
-    return state, config
 
 
 def tarflow_rules(flow: Flow) -> list[Rule]:

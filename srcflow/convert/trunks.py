@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 
 from srcflow.convert.config import Sizes
 from srcflow.convert.state import Rule, rename
-from srcflow.errors import ConfigError, Problems, WeightsError
+from srcflow.errors import ConfigError, WeightsError
 from srcflow.flows.block import TransformerBlock
 from srcflow.flows.conditioners import ClassTable, ClassToken, TextPrefix
-from srcflow.flows.flow import Flow
 from srcflow.flows.positions import Learned
 from srcflow.flows.trunk import Layer, Trunk
 from srcflow.nn.mlp import GatedMLP
@@ -142,58 +140,6 @@ def check_expansion(sizes: Sizes, given: float | None, width: int, hidden: int) 
     """A given expansion must give the MLP's inner width, cut to a whole number as the published code does."""
     if given is not None and int(width * given) != hidden:
         sizes.take("expansion", float(given), hidden / width)
-
-
-def exact_expansion(expansion: float, width: int) -> int | float:
-    """The expansion whose product with `width`, cut to a whole number as the published code does, is our rounded inner width."""
-    hidden = round(width * expansion)
-    if hidden % width == 0:
-        return hidden // width
-    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
-
-
-class Expressible:
-    """Collects the parts of a flow that a published format cannot express, and what all blocks must share there."""
-
-    def __init__(self, format_name: str, flow: Flow) -> None:
-        self.format, self.flow = format_name, flow
-        self.blocks = cast("list[TransformerBlock]", list(flow.blocks))
-        self.problems = Problems()
-
-    def need(self, holds: bool, key: str, value: Any, why: str) -> None:
-        """Note that `key` = `value` has no place in the format, unless `holds`."""
-        if not holds:
-            self.problems.add(ConfigError(f"flow.{key}", value, f"{self.format} cannot express it: {why}"))
-
-    def whole(self, *, prior: bool, denoiser: bool) -> None:
-        """What is said of the flow as a whole: its normalisation, null text, grid; a learned prior or a denoiser where there is none."""
-        flow = self.flow
-        self.need(flow.normalization is None, "normalization", type(flow.normalization).__name__, "it has no normalisation of its input.")
-        self.need(prior or not flow.learn_prior, "learn_prior", flow.learn_prior, "its prior is standard normal.")
-        self.need(denoiser or flow.self_denoiser is None, "denoiser", type(flow.self_denoiser).__name__, "it has no denoiser.")
-        self.need(flow.grid[0] == flow.grid[1], "grid", flow.grid, "it is built for squares.")
-
-    def orders(self, reverse: list[bool]) -> bool:
-        """Whether the blocks' orders are these."""
-        return [b.order == "reverse" for b in self.blocks] == reverse
-
-    def shared(self, key: str, values: Sequence[Any]) -> Any:
-        """The one value that all blocks have; noted, and the first returned, if they differ."""
-        self.need(all(v == values[0] for v in values), f"blocks {key}", list(values), "all blocks have the same.")
-        return values[0]
-
-
-def patch_of(flow: Flow, in_channels: int) -> int:
-    """Side of the patches of a flow on images of `in_channels` channels.
-
-    Raises:
-        ConfigError: tokens of this width are no patches of such images.
-    """
-    patch = math.isqrt(flow.channels // in_channels)
-    if in_channels * patch**2 != flow.channels:
-        why = f"tokens of {flow.channels} numbers are no square patches of {in_channels} channels."
-        raise ConfigError("in_channels", in_channels, why, "Give the channels of the images (or latents) the flow models.")
-    return patch
 
 
 def _unsqueezed(ours: str, theirs: str, axes: tuple[int, ...]) -> Rule:
