@@ -112,6 +112,8 @@ def load(path: str | os.PathLike[str], base: type[M], *, weights: Literal["model
         if not (root / RAW).exists():
             raise ArtifactError(f"{root} holds no raw weights; use weights: model.")
         state.update(read_tensors(root / RAW))
+    if all(v.dtype == torch.float64 for v in state.values() if v.is_floating_point()):
+        module.to(torch.float64)  # float32 would round what was saved
     load_state(module, state, what=str(root))
     return module.eval()
 

@@ -105,3 +105,10 @@ def test_the_class_must_be_the_one_asked_for(tmp_path: Path) -> None:
     path = artifacts.save(tmp_path / "a", flow())
     with pytest.raises(Exception, match="Compressor"):
         artifacts.load(path, Compressor)
+
+
+def test_float64_stays_float64(tmp_path: Path) -> None:
+    flow = perturb(presets.tarflow(2, 3, 16, 1, 1, head_dim=16)).double()
+    artifacts.save(tmp_path / "flow", flow)
+    again = artifacts.load(tmp_path / "flow", Flow)
+    assert all(torch.equal(v, flow.state_dict()[k]) and v.dtype == flow.state_dict()[k].dtype for k, v in again.state_dict().items())

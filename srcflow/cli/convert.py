@@ -41,7 +41,7 @@ def run(config: Namespace) -> int:
     from srcflow.convert.files import convert_file, defaults, read_config
 
     settings: dict[str, Any] = {} if config.config is None else read_config(config.config)
-    settings.update(parsed(config.set))
+    settings.update(values_of(config.set))
     target = convert_file(
         config.kind,
         config.path,
@@ -58,12 +58,14 @@ def run(config: Namespace) -> int:
     return 0
 
 
-def parsed(pairs: list[str]) -> dict[str, Any]:
-    """Values of `key=value` pairs, read as YAML.
+def values_of(pairs: list[str]) -> dict[str, Any]:
+    """Values of `key=value` pairs, read as JSON or YAML.
 
     Raises:
-        ConfigError: a pair has no `=`, or a value is no YAML.
+        ConfigError: a pair has no `=`, or a value is neither.
     """
+    from srcflow.convert.files import parsed
+
     problems, values = Problems(), dict[str, Any]()
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -71,7 +73,7 @@ def parsed(pairs: list[str]) -> dict[str, Any]:
             problems.add(ConfigError("set", pair, "is no key=value.", "Write e.g. --set head_dim=64 sos=true."))
             continue
         try:
-            values[key] = yaml.safe_load(value)
+            values[key] = parsed(value)
         except yaml.YAMLError as e:
             problems.add(ConfigError(f"set {key}", value, f"is no value: {e}."))
     problems.raise_if_any()

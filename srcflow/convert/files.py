@@ -174,7 +174,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         raise ArtifactError(f"config = {path!s}: there is no such file.")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = parsed(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as e:
         raise ArtifactError(f"{file} is neither JSON nor YAML: {e}.") from e
     if isinstance(content, dict) and isinstance(content.get("arguments"), list):
@@ -184,6 +184,18 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{file} holds a {type(content).__name__}; a configuration maps names to values.")
     return {str(k): v for k, v in content.items()}
+
+
+def parsed(text: str) -> Any:
+    """A value written as JSON, or else as YAML, which takes 1e-5 for a word.
+
+    Raises:
+        yaml.YAMLError: it is neither.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def starflow_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
