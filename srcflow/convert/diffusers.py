@@ -218,13 +218,13 @@ def _config(root: Path) -> dict[str, Any]:
     problems = Problems()
     config = {**FIELDS, **{k: v for k, v in found.items() if not k.startswith("_")}}
     for name in config.keys() - FIELDS.keys():
-        problems.add(UnknownNameError(str(file), name, FIELDS))
+        problems.add(UnknownNameError(str(file), name, FIELDS, paths=False))
     whole = [k for k, v in FIELDS.items() if isinstance(v, int) and not isinstance(v, bool)]
     for name in whole:
         if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
             problems.add(ConfigError(name, config[name], "must be a positive integer."))
     if config["encoder_type"] not in TRAINED_AT:
-        problems.add(UnknownNameError("encoder_type", str(config["encoder_type"]), TRAINED_AT))
+        problems.add(UnknownNameError("encoder_type", str(config["encoder_type"]), TRAINED_AT, paths=False))
     factor = config["scaling_factor"]
     if not isinstance(factor, int | float) or not 0 < factor < math.inf:
         problems.add(ConfigError("scaling_factor", factor, "latents are multiplied by a positive number."))
@@ -285,7 +285,7 @@ def _checked_encoder(autoencoder: RepresentationAutoencoder, problems: Problems)
     mlp = 4 * encoder.dim if kind == "dinov2" else 3072
     found: Sequence[tuple[str, Any, Any]] = (
         ("encoder.registers", getattr(encoder, "registers", 4), 4),
-        ("encoder.heads", block.attn.num_heads, encoder.dim // HEAD_DIM),
+        ("encoder.head_dim", encoder.dim // block.attn.num_heads, HEAD_DIM),
         ("encoder.mlp", block.mlp.fc2.in_features, mlp),
         ("encoder.norm_eps", encoder.norm_eps, LAYER_NORM_EPS[kind]),
         ("encoder.act_layer", type(block.mlp.act).__name__, "GELUTanh" if kind == "siglip2" else "GELU"),

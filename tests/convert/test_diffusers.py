@@ -388,7 +388,7 @@ def test_what_diffusers_cannot_express_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProblemsError) as e:
         to_diffusers(own(encoder, grid=4, norm_eps=1e-6, qkv_bias=False), tmp_path / "a")
     keys = {p.key for p in e.value.problems}  # type: ignore[attr-defined]
-    assert keys >= {"encoder.heads", "encoder.mlp", "encoder.norm_eps", "encoder.act_layer"}
+    assert keys >= {"encoder.head_dim", "encoder.mlp", "encoder.norm_eps", "encoder.act_layer"}
     assert keys >= {"decoder.grid", "decoder.norm_eps", "decoder.qkv_bias"}
     rectangle = DINOv2(image_size=(28, 42), weights=None, timm_args={"embed_dim": DIM, "depth": 1, "num_heads": 1}, registers=0)
     with pytest.raises(ProblemsError, match=r"encoder\.registers = 0[\s\S]*encoder\.image_size = \(28, 42\)[\s\S]*decoder\.grid"):
