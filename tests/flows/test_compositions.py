@@ -520,10 +520,9 @@ def by_hand(flow: Flow, k: int, u: Tensor, rule: Rule, guidance: Guidance, ctx: 
 
 
 def guided_blocks(flow: Flow, rule: Rule) -> set[int]:
-    depths = [b.layer_count for b in flow.blocks]
     return {
         "all": {i for i, b in enumerate(flow.blocks) if not b.identity},
-        "deep": {max(i for i, n in enumerate(depths) if n == max(depths))},
+        "deep": {len(flow.blocks) - 1},
         "conditioned": {i for i, b in enumerate(flow.blocks) if b.conditioned},
     }[rule.blocks]
 

@@ -126,7 +126,7 @@ def test_a_block_is_its_formula(name: str, order: str, start: str) -> None:
     assert got[:, 1:].abs().max() > 0.1
     for row in range(2):
         own = None if condition is None else condition.index(slice(row, row + 1))
-        torch.testing.assert_close(got[row], by_hand(b, u[row], grid, own, side), rtol=0, atol=1e-5)  # angles are float32
+        torch.testing.assert_close(got[row], by_hand(b, u[row], grid, own, side), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("make", [lambda: Rotary(GRID), lambda: Learned(GRID, WIDTH)], ids=["rotary", "learned"])

@@ -36,16 +36,19 @@ def test_angles(grid: Grid, head_dim: int, text: int, text_axis: bool, side: flo
     got = angles(head_dim, side, grid, text, text_axis, CPU)
     assert got.shape == (text + grid[0] * grid[1], head_dim // 2)
     torch.testing.assert_close(
-        got.double(), torch.tensor(by_hand(head_dim, side, grid, text, text_axis), dtype=torch.float64), rtol=1e-7, atol=0
+        got.double(), torch.tensor(by_hand(head_dim, side, grid, text, text_axis), dtype=torch.float64), rtol=1e-12, atol=0
     )
 
 
 def test_numbers_of_a_released_shape() -> None:
+    def close(actual: torch.Tensor, expected: list[float]) -> None:
+        assert actual.tolist() == pytest.approx(expected, rel=1e-12)
+
     a = angles(64, 16.0, (16, 16), 0, False, CPU)  # 16 frequencies for each axis
-    torch.testing.assert_close(a[3 * 16 + 5, [0, 1, 16, 31]], torch.tensor([3.0, 3 * 10000 ** (-1 / 16), 5.0, 5 * 10000 ** (-15 / 16)]))
+    close(a[3 * 16 + 5, [0, 1, 16, 31]], [3.0, 3 * 10000 ** (-1 / 16), 5.0, 5 * 10000 ** (-15 / 16)])
     b = angles(64, 16.0, (8, 32), 4, True, CPU)  # 12 for each axis, 8 for the text
-    torch.testing.assert_close(b[3, [0, 12, 24, 25]], torch.tensor([0.0, 0.0, 12.0, 12 * 10000 ** (-1 / 8)]))
-    torch.testing.assert_close(b[4 + 2 * 32 + 31, [0, 1, 12, 24]], torch.tensor([2.0, 2 * 10000 ** (-1 / 12), 31.0, 0.0]))
+    close(b[3, [0, 12, 24, 25]], [0.0, 0.0, 12.0, 12 * 10000 ** (-1 / 8)])
+    close(b[4 + 2 * 32 + 31, [0, 1, 12, 24]], [2.0, 2 * 10000 ** (-1 / 12), 31.0, 0.0])
 
 
 def test_another_shape_keeps_the_mean_side() -> None:
@@ -88,7 +91,7 @@ def test_a_product_of_query_and_key_depends_on_the_way_between_their_slots() -> 
     a = angles(16, 4.0, (4, 4), 0, False, CPU).double()
     q, k = (normal(16, seed=s).expand(1, 1, 16, 16) for s in (0, 1))
     logits = (rotate(q, a.cos(), a.sin()) @ rotate(k, a.cos(), a.sin()).mT)[0, 0].reshape(4, 4, 4, 4)
-    torch.testing.assert_close(logits[1:, 1:, 1:, 1:], logits[:-1, :-1, :-1, :-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits[1:, 1:, 1:, 1:], logits[:-1, :-1, :-1, :-1], rtol=0, atol=1e-12)
     assert (logits[0, 0, 0, 1] - logits[0, 0, 1, 0]).abs() > 1e-2
 
 
