@@ -159,6 +159,8 @@ def resolve(
     dropped = None if given.labels is None else given.labels < 0
     if given.text is not None and dropped is None:
         return Condition(text=given.text, mask=given.mask)
+    if given.text is None and dropped is not None and not (dropped.is_cuda or bool(dropped.all())):
+        raise ConfigError("condition.labels", "without text", "this flow is conditioned on text.", "Give Condition(text=...).")
     if null is None:
         raise ConfigError("condition.text", None, "the null text is not known.", "Call Flow.set_null(text), or give Condition(text=...).")
     rows, mask = null[0].expand(batch, -1, -1), None if null[1] is None else null[1].expand(batch, -1)

@@ -93,6 +93,9 @@ class Flow(nn.Module, metaclass=Recorded):
         if len(kinds) > 1:
             raise ConfigError("flow.blocks", sorted(kinds), "blocks read different kinds of condition.")
         self.kind: Kind | None = next(iter(kinds), None)
+        classes = {t.conditioner.num_classes for t in trunks if isinstance(t.conditioner, ClassTable | ClassToken)}
+        if len(classes) > 1:
+            raise ConfigError("flow.blocks num_classes", sorted(classes), "blocks (and the denoiser) know different numbers of classes.")
         ones = torch.ones(self.grid[0] * self.grid[1], self.channels)
         self.register_buffer("prior_std", ones)
         self.register_buffer("prior_var", ones.clone() if learn_prior else None)
@@ -101,9 +104,8 @@ class Flow(nn.Module, metaclass=Recorded):
 
     @property
     def deep(self) -> int:
-        """Index of the deepest block (the last one among equals)."""
-        depths = [b.layer_count for b in self._blocks()]
-        return max(range(len(depths)), key=lambda i: (depths[i], i))
+        """Index of the deep block of a deep-shallow flow: the last one, on the noise side, however many layers the others have."""
+        return len(self.blocks) - 1
 
     @property
     def shape(self) -> tuple[int, Grid, tuple[str, ...]]:
@@ -113,7 +115,7 @@ class Flow(nn.Module, metaclass=Recorded):
     @property
     def num_classes(self) -> int:
         """Number of classes the flow is conditioned on; 0 if it is not."""
-        return next((b.conditioner.num_classes for b in self._blocks() if isinstance(b.conditioner, ClassTable | ClassToken)), 0)
+        return next((t.conditioner.num_classes for t in self._trunks() if isinstance(t.conditioner, ClassTable | ClassToken)), 0)
 
     def set_null(self, text: Tensor, mask: Tensor | None = None) -> None:
         """Set the null text (L, T) and its mask (L,): used for label -1, for condition=None and as the default negative.
@@ -383,7 +385,8 @@ class Flow(nn.Module, metaclass=Recorded):
             )
         blocks = self._blocks()
         if guidance.blocks == "all":
-            chosen = {i for i, b in enumerate(blocks) if not b.identity}
+            against = blocks if other is None else other._blocks()
+            chosen = {i for i, (b, o) in enumerate(zip(blocks, against, strict=True)) if not (b.identity and o.identity)}
         elif guidance.blocks == "deep":
             chosen = {self.deep}
         else:

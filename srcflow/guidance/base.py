@@ -40,7 +40,7 @@ class Guidance(metaclass=Recorded):
 
     Args:
         strength: guidance strength w >= 0, or a schedule over progress; 0 switches guidance off, and no negative stream is run.
-        blocks: where it acts: blocks that see the condition, the deepest block, or all.
+        blocks: where it acts: blocks that see the condition, the deep one (the last, on the noise side), or all.
         negative: what the negative stream is.
     """
 

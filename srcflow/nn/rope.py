@@ -15,7 +15,7 @@ TEXT_FREQUENCIES = 8
 
 
 def angles(head_dim: int, side: float, grid: Grid, text: int, text_axis: bool, device: torch.device) -> Tensor:
-    """Rotation angles of every sequence slot (text + N, head_dim / 2), float32: pairs laid out row, column, third axis (E18).
+    """Rotation angles of every sequence slot (text + N, head_dim / 2), float64: pairs laid out row, column, third axis (E18).
 
     Image slot (r, c) has coordinates r * side / sqrt(h w) and c * side / sqrt(h w), so grids of another shape keep the mean side; text
     slot t has row = column = 0 and third coordinate t * side / text.
@@ -42,12 +42,12 @@ def angles(head_dim: int, side: float, grid: Grid, text: int, text_axis: bool, d
     if not text_axis:
         if text:
             raise ConfigError("positions.text_axis", text_axis, "text in front of the image needs the third axis.", "Set text_axis: true.")
-        return torch.cat(image, dim=1).float()
+        return torch.cat(image, dim=1)
     third = BASE ** (-torch.arange(TEXT_FREQUENCIES, device=device, dtype=torch.float64) / TEXT_FREQUENCIES)
     t = torch.arange(text, device=device, dtype=torch.float64) * (side / max(text, 1))
     prefix = torch.cat([t.new_zeros(text, pairs), t[:, None] * third], dim=1)
     body = torch.cat([*image, row.new_zeros(h * w, TEXT_FREQUENCIES)], dim=1)
-    return torch.cat([prefix, body]).float()
+    return torch.cat([prefix, body])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -316,14 +316,14 @@ def test_each_knob_of_guidance_changes_the_result(guidance: Gaussian | Linear) -
         assert min(same) > 1e-6
 
 
-def test_deep_guides_only_the_deepest_block() -> None:
+def test_deep_guides_only_the_last_block_on_the_noise_side() -> None:
     flow = perturb(presets.tarflow(GRID, 3, 32, 3, [1, 2, 1], num_classes=4, head_dim=16), 0.1).double()
-    assert flow.deep == 1
+    assert flow.deep == 2
     z, condition = data(flow), Condition(labels=torch.tensor([1, 2]))
     plain, deep, everywhere = (flow.blocks_inverse(z, condition, guidance=g) for g in (None, Linear(1.5, blocks="deep"), Linear(1.5)))
-    assert torch.equal(plain[0], deep[0])
-    assert not torch.allclose(plain[1], deep[1])
-    assert not torch.allclose(plain[0], everywhere[0])
+    assert torch.equal(deep[0], everywhere[0])
+    assert not torch.allclose(plain[0], deep[0])
+    assert not torch.allclose(deep[1], everywhere[1])
 
 
 def test_autoguidance_uses_the_other_flow() -> None:
@@ -499,3 +499,16 @@ def test_presets_round_trip_through_their_specification(flow: Flow) -> None:
     again.load_state_dict(flow.state_dict())
     x, condition = data(flow), condition_for(flow)
     assert torch.equal(again(x, condition).z, flow(x, condition).z)
+
+
+def test_blocks_agree_on_the_number_of_classes() -> None:
+    with pytest.raises(ConfigError, match="different numbers of classes"):
+        Flow([block(conditioner=ClassTable(5, 32)), block(conditioner=ClassTable(3, 32))])
+
+
+def test_a_text_flow_refuses_labels_without_text() -> None:
+    flow = perturb(presets.starflow(GRID, 3, 64, [1, 1], head_dim=32, text_dim=5))
+    flow.set_null(text(1)[0])
+    with pytest.raises(ConfigError, match="conditioned on text"):
+        flow(data(flow), Condition(labels=torch.tensor([0, -1])))
+    assert torch.equal(flow(data(flow), Condition(labels=torch.tensor([-1, -1]))).z, flow(data(flow)).z)
