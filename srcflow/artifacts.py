@@ -233,4 +233,13 @@ def revision() -> str | None:
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
+    """Contiguous tensors on the CPU that share no memory, which safetensors refuses; copied only where they have to be."""
+    plain: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in state.items():
+        t = tensor.detach().to("cpu").contiguous()
+        if t.numel() and t.untyped_storage().data_ptr() in taken:
+            t = t.clone()
+        taken.add(t.untyped_storage().data_ptr())
+        plain[name] = t
+    return plain

@@ -112,3 +112,12 @@ def test_float64_stays_float64(tmp_path: Path) -> None:
     artifacts.save(tmp_path / "flow", flow)
     again = artifacts.load(tmp_path / "flow", Flow)
     assert all(torch.equal(v, flow.state_dict()[k]) and v.dtype == flow.state_dict()[k].dtype for k, v in again.state_dict().items())
+
+
+def test_weights_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    first = perturb(presets.tarflow(2, 3, 16, 2, 1, head_dim=16))
+    first.blocks[1].positions.weight = first.blocks[0].positions.weight
+    whole = torch.randn(2, 4, 16)
+    first.blocks[0].proj_in.weight.data, first.blocks[1].proj_in.weight.data = whole[0].mT[:, :3], whole[1].mT[:, :3]
+    again = artifacts.load(artifacts.save(tmp_path / "flow", first), Flow)
+    assert all(torch.equal(v, first.state_dict()[k]) for k, v in again.state_dict().items())
