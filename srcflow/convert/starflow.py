@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 
 from srcflow.convert.config import Sizes, known
-from srcflow.convert.state import Rule, load, precision
+from srcflow.convert.state import Rule, precision
 from srcflow.convert.trunks import (
     UNUSED,
     Shown,
     State,
     check_expansion,
-    check_patches,
+    check_side,
     layers_of,
+    load_with,
+    patch_size_of,
     trunk_rules,
+    used,
 )
 from srcflow.couplings.affine import Affine
 from srcflow.couplings.base import Coupling
@@ -39,12 +43,16 @@ _FLAGS = {  # key of a block -> (the argument that makes it, its value then)
     "sos_embed": ("sos", True),
     "pos_embed": ("rope", False),
     "final_norm.weight": ("use_final_norm", True),
-    "attn_blocks.0.mlp.gate_proj.weight": ("use_swiglu", True),
-    "attn_blocks.0.attention.query_norm.weight": ("use_qk_norm", True),
-    "attn_blocks.0.attention.post_norm.weight": ("use_post_norm", True),
-    "attn_blocks.0.attention.norm.bias": ("norm_type", "layer_norm"),
-    "attn_blocks.0.attention.qkv.bias": ("use_bias", True),
+    "attn_blocks.*.mlp.gate_proj.weight": ("use_swiglu", True),
+    "attn_blocks.*.attention.query_norm.weight": ("use_qk_norm", True),
+    "attn_blocks.*.attention.post_norm.weight": ("use_post_norm", True),
+    "attn_blocks.*.attention.norm.bias": ("norm_type", "layer_norm"),
+    "attn_blocks.*.attention.qkv.bias": ("use_bias", True),
 }
+
+
+_WIDTH = (("proj_in.weight", 0), ("proj_in.bias", 0), ("proj_out.weight", 1))
+"""What shows the width of a block."""
 
 
 @known
@@ -99,7 +107,7 @@ def starflow(
         state_dict: the published weights.
         in_channels: channels of the latents.
         img_size: side of the latents.
-        patch_size: side of a patch; None: 1.
+        patch_size: side of a patch; None: what in_channels leaves, else 1.
         channels: width of the transformers.
         num_blocks: number of blocks; the last is the deep one.
         layers_per_block: layers of the blocks, one number for all or one each; blocks without layers are the identity, but for the last.
@@ -152,30 +160,42 @@ def starflow(
     sizes.only("norm_type", norm_type, ("layer_norm", "rms_norm"), "unknown.")
     sizes.only("seq_order", seq_order, ("R2L", "L2R"), "unknown.")
     blocks = sizes.take("num_blocks", num_blocks, show.blocks)
-    layers = layers_of(sizes, layers_per_block, [show.layers(k) for k in range(blocks)])
+    layers = [show.layers(f"blocks.{k}") for k in range(blocks)]
+    layers_of(sizes, layers_per_block, layers)
     last = blocks - 1
-    token = show.size("proj_in.weight", 1, last)
-    top = sizes.take("top_block_channels", top_block_channels, show.size("proj_in.weight", 0, last))
-    below = next((k for k in range(last) if show.has("proj_in.weight", k)), None)
-    if below is not None:
-        width = sizes.take("channels", channels, show.size("proj_in.weight", 0, below))
-    elif show.has("proj_in.weight", prefix=DENOISER):
-        width = sizes.take("channels", channels, show.size("proj_in.weight", 0, prefix=DENOISER))
+    top_name, lower = f"blocks.{last}", [f"blocks.{k}" for k in range(last)]
+    token = show.sure(
+        show.size(("proj_in.weight", 1)), None if in_channels is None else in_channels * (patch_size or 1) ** 2, "in_channels"
+    )
+    shown = show.size(*_WIDTH, prefix=top_name)
+    top = show.sure(
+        sizes.take("top_block_channels", top_block_channels, shown) if shown else None, top_block_channels or channels, "channels"
+    )
+    widths = [w for name in (*lower, DENOISER) if (w := show.size(*_WIDTH, prefix=name)) is not None]
+    if widths:
+        width = sizes.take("channels", channels, max(widths, key=widths.count))
     else:  # nothing but the last block
         width = channels if channels is not None and top_block_channels is not None else sizes.take("channels", channels, top)
-    side = _side(sizes, show, img_size, patch_size, pt_seq_len)
-    check_patches(sizes, in_channels, patch_size, img_size, token, side)
-    texts = [k for k in range(blocks) if show.has("proj_txt.weight", k)]
-    dim = sizes.take("txt_dim", txt_dim, show.size("proj_txt.weight", 1, texts[0]) if texts else 0)
+    patch = patch_size_of(sizes, in_channels, patch_size, token)
+    side = _side(sizes, show, img_size, patch, pt_seq_len, token, state_dict.get("var"))
+    texts = show.has("proj_txt.*")
+    dim = sizes.take("txt_dim", txt_dim, show.size(("proj_txt.weight", 1)) or (txt_dim or 0 if texts else 0))
     if texts and txt_size == 0:
-        sizes.take("txt_size", txt_size, "more than 0")
+        sizes.problems.add(
+            ConfigError("starflow.txt_size", 0, "the weights are of a model with text.", "Give the length it was built for.")
+        )
+    if cond_top_only and not texts and not txt_size:
+        sizes.problems.add(ConfigError("starflow.cond_top_only", True, "the weights are of a model without text.", "Leave it out."))
     if num_classes is not None:
-        sizes.take("num_classes", num_classes, dim - 1)
+        if not dim:
+            sizes.problems.add(ConfigError("starflow.num_classes", num_classes, "the weights are of an unconditional model."))
+        else:
+            sizes.take("num_classes", num_classes, dim - 1)
     if learnable_self_denoiser and not rope:
         sizes.only("rope", rope, (True,), "the published denoiser has no other positions.")
-    text_axis = bool(texts) if txt_size is None else txt_size > 0
-    size = _head_dim(sizes, show, head_dim)
-    sizes.raise_if_any()
+    text_axis = texts if txt_size is None else txt_size > 0
+    normed = show.size(("attn_blocks.*.attention.query_norm.weight", 0), ("attn_blocks.*.attention.key_norm.weight", 0))
+    size = (64 if head_dim is None else head_dim) if normed is None else sizes.take("head_dim", head_dim, normed)
     grid = (side, side)
 
     def conditioner(w: int) -> Conditioner:
@@ -185,10 +205,12 @@ def starflow(
         return Rotary(grid, text_axis, None if pt_seq_len is None else float(pt_seq_len)) if rope else Learned(grid, w)
 
     def options(w: int, name: str, depth: int) -> dict[str, Any]:
-        heads, kv_heads, hidden = show.attention(name, size) if depth else (num_heads or 1, num_kv_heads, 4 * w)
+        heads, kv_heads, hidden = num_heads or 1, num_kv_heads, 4 * w
         if depth:
+            heads, kv_heads = show.heads(sizes, name, w, size, num_heads)
             sizes.take("num_heads", num_heads, heads, f"the weights of {name}")
             sizes.take("num_kv_heads", num_kv_heads, kv_heads, f"the weights of {name}")
+            hidden = show.hidden(name) or hidden
             check_expansion(sizes, expansion, w, hidden)
         return {
             "head_dim": size,
@@ -227,12 +249,11 @@ def starflow(
             )
         denoiser = None
         if learnable_self_denoiser:
-            depth = show.layers(prefix=DENOISER)
+            depth = show.layers(DENOISER)
             seen = conditioner(width) if conditional_denoiser and dim else None
             denoiser = Denoiser(token, width, positions(width), depth, seen, **options(width, DENOISER, depth))
         flow = Flow(built, denoiser=denoiser)
-    sizes.raise_if_any()
-    flow.to(precision(state_dict))
+    flow.to(precision(used(state_dict)))
     given = {
         "sos": bool(sos),
         "rope": bool(rope),
@@ -247,7 +268,7 @@ def starflow(
     state = dict(state_dict)
     state.setdefault("var", torch.ones(side * side, token))  # unused there
     rules = starflow_rules(flow, var=tuple(state["var"].shape))
-    load(flow, state, rules, what="STARFlow", ignore=UNUSED, hint=hint)
+    load_with(sizes, flow, state, rules, what="STARFlow", ignore=UNUSED, hint=hint)
     return flow.eval()
 
 
@@ -269,53 +290,43 @@ def starflow_rules(flow: Flow, var: tuple[int, ...] | None = None) -> list[Rule]
     return rules
 
 
-def _side(sizes: Sizes, show: Shown, img_size: int | None, patch_size: int | None, pt_seq_len: int | None) -> int:
-    """Side of STARFlow's token grid."""
-    learned = next((k for k in range(show.blocks) if show.has("pos_embed", k)), None)
-    if learned is not None:
-        side = math.isqrt(show.size("pos_embed", 0, learned))
-        if img_size is not None:
-            sizes.take("img_size", img_size, side * (patch_size or 1))
-        return side
-    var = show.state.get("var")
+def _side(
+    sizes: Sizes, show: Shown, img_size: int | None, patch: int | None, pt_seq_len: int | None, token: int, var: Tensor | None
+) -> int:
+    """Side of the token grid: what learned positions show, else the configuration, else the unused buffer `var` of pt_seq_len^2 rows."""
+    learned = show.size(("pos_embed", 0))
     shown = None if var is None else math.isqrt(var.shape[0])
     if pt_seq_len is not None and shown is not None:
         sizes.take("pt_seq_len", pt_seq_len, shown)
-    if img_size is not None:
-        p = 1 if patch_size is None else patch_size
-        if img_size % p:
-            sizes.problems.add(ConfigError("starflow.patch_size", p, f"does not divide img_size = {img_size}."))
-        elif shown is not None and pt_seq_len is None:
-            sizes.take("img_size", img_size, shown * p)
-        return img_size // p
-    if shown is None or pt_seq_len is not None:
+    if learned is not None or (shown is not None and pt_seq_len is None):
+        side = math.isqrt(learned) if learned is not None else cast(int, shown)
+        check_side(sizes, img_size, patch, token, side)
+        return side
+    if img_size is None:
         sizes.problems.add(ConfigError("starflow.img_size", None, "the weights do not show it.", "Give the side of the latents."))
         return 1
-    return shown
-
-
-def _head_dim(sizes: Sizes, show: Shown, given: int | None) -> int:
-    """Width of a head: q/k norms show it; otherwise it has to be given, or is 64."""
-    normed = next((k for k in range(show.blocks) if show.has("attn_blocks.0.attention.query_norm.weight", k)), None)
-    if normed is None:
-        return 64 if given is None else given
-    return sizes.take("head_dim", given, show.size("attn_blocks.0.attention.query_norm.weight", 0, normed))
+    p = 1 if patch is None else patch
+    if img_size % p:
+        sizes.problems.add(ConfigError("starflow.img_size", img_size, f"is no whole number of patches of side {p}."))
+    return max(img_size // p, 1)
 
 
 def _hint(show: Shown, last: int, given: dict[str, Any], *, cond_top_only: bool, denoiser: bool) -> str:
     """Which arguments the keys speak for, where they were not given so."""
+    top = f"blocks.{last}"
     other = {"rope": (True, False), "norm_type": ("rms_norm", "layer_norm")}
     wrong = []
     for key, (name, value) in _FLAGS.items():
-        if key.startswith("attn_blocks") and not show.layers(last):
+        if key.startswith("attn_blocks") and not show.layers(top):
             continue
         negative, positive = other.get(name, (False, value))
-        shown = positive if show.has(key, last) else negative
+        shown = positive if show.has(key, top) else negative
         if shown != given[name]:
             wrong.append(f"{name}={shown!r}")
-    below = any(show.has("proj_txt.weight", k) for k in range(last))
-    if show.has("proj_txt.weight", last) and last and below == cond_top_only and any(show.has("proj_in.weight", k) for k in range(last)):
+    lower = [f"blocks.{k}" for k in range(last) if show.has("proj_in.*", f"blocks.{k}")]
+    below = any(show.has("proj_txt.*", name) for name in lower)
+    if lower and show.has("proj_txt.*", top) and below == cond_top_only:
         wrong.append(f"cond_top_only={not below!r}")
-    if show.has("proj_in.weight", prefix=DENOISER) != denoiser:
+    if show.has("proj_in.*", DENOISER) != denoiser:
         wrong.append(f"learnable_self_denoiser={not denoiser!r}")
     return f"The keys are those of a model with {', '.join(wrong)}." if wrong else ""

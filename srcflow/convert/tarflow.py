@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from srcflow.convert.config import Sizes, known
-from srcflow.convert.state import Rule, load, precision
+from srcflow.convert.state import Rule, precision
 from srcflow.convert.trunks import (
     UNUSED,
     Shown,
     State,
     check_expansion,
-    check_patches,
+    check_side,
     layers_of,
+    load_with,
+    patch_size_of,
     trunk_rules,
+    used,
 )
 from srcflow.couplings.additive import Additive
 from srcflow.couplings.affine import Affine
-from srcflow.errors import WeightsError
+from srcflow.errors import ConfigError, WeightsError
 from srcflow.flows.block import TransformerBlock
 from srcflow.flows.conditioners import ClassTable
 from srcflow.flows.flow import Flow
@@ -67,18 +70,29 @@ def tarflow(
     """
     sizes, show = Sizes("tarflow"), Shown(state_dict, "TARFlow")
     blocks = sizes.take("num_blocks", num_blocks, show.blocks)
-    layers = layers_of(sizes, layers_per_block, [show.layers(k) for k in range(blocks)])
-    width = sizes.take("channels", channels, show.size("proj_in.weight", 0))
-    token = show.size("proj_in.weight", 1)
-    positions = show.size("pos_embed", 0)
+    depth = max(show.layers(f"blocks.{k}") for k in range(blocks))  # all have the same number
+    layers_of(sizes, layers_per_block, [depth] * blocks)
+    shown = show.size(("proj_in.weight", 0), ("proj_out.weight", 1), ("pos_embed", 1))
+    width = show.sure(sizes.take("channels", channels, shown) if shown else None, channels, "channels")
+    shown = show.size(("proj_in.weight", 1))
+    given = None if in_channels is None or patch_size is None else in_channels * patch_size**2
+    token = show.sure(shown, given, "in_channels")
+    patch = patch_size_of(sizes, in_channels, patch_size, token)
+    positions = show.sure(show.size(("pos_embed", 0)), (img_size // patch) ** 2 if img_size and patch else None, "img_size")
     side = math.isqrt(positions)
     if side * side != positions:
         raise WeightsError(f"TARFlow: the position tables have {positions} rows, which is no square grid.")
-    check_patches(sizes, in_channels, patch_size, img_size, token, side)
-    classes = sizes.take("num_classes", num_classes, show.size("class_embed", 0) if show.has("class_embed") else 0)
-    hidden = show.size("attn_blocks.0.mlp.main.0.weight", 0)
+    check_side(sizes, img_size, patch, token, side)
+    classes = sizes.take("num_classes", num_classes, show.size(("class_embed", 0)) or 0)
+    if not nvp:
+        var = state_dict.get("var")
+        if var is not None and not bool((var > 0).all()):
+            raise WeightsError("TARFlow: var holds numbers that are not positive; it is the prior's variance.")
+    hidden = show.hidden("blocks.*") or 4 * width
     check_expansion(sizes, expansion, width, hidden)
-    sizes.raise_if_any()
+    if head_dim < 1 or width % head_dim:
+        sizes.problems.add(ConfigError("tarflow.head_dim", head_dim, f"does not divide the weights' width {width}."))
+        sizes.raise_if_any()
     grid = (side, side)
     with torch.device("meta"):
         flow = Flow(
@@ -95,13 +109,17 @@ def tarflow(
                     head_dim=head_dim,
                     expansion=hidden / width,
                 )
-                for k, depth in enumerate(layers)
+                for k in range(blocks)
             ],
             learn_prior=not nvp,
         )
-    flow.to(precision(state_dict))
-    hint = "" if _rows(show, 1 if not nvp else 2) else f"The heads look like a model with nvp={not nvp}."
-    load(flow, state_dict, tarflow_rules(flow), what="TARFlow", ignore=UNUSED, hint=hint)
+    flow.to(precision(used(state_dict)))
+    state = dict(state_dict)
+    if nvp:
+        state.setdefault("var", torch.ones(positions, token))
+    rows = show.size(("proj_out.weight", 0), ("proj_out.bias", 0))
+    hint = "" if rows != token * (1 if nvp else 2) else f"The heads are those of a model with nvp={not nvp}."
+    load_with(sizes, flow, state, tarflow_rules(flow), what="TARFlow", ignore=UNUSED, hint=hint)
     return flow.eval()
 
 
@@ -121,10 +139,3 @@ def tarflow_rules(flow: Flow) -> list[Rule]:
     for k, block in enumerate(flow.blocks):
         rules += trunk_rules(block, f"blocks.{k}")  # type: ignore[arg-type]  # only TransformerBlocks are put in
     return rules
-
-
-def _rows(show: Shown, params: int) -> bool:
-    """Whether the heads give `params` numbers per channel."""
-    if not (show.has("proj_out.weight") and show.has("proj_in.weight")):
-        return True
-    return show.size("proj_out.weight", 0) == params * show.size("proj_in.weight", 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -9,10 +11,11 @@ from typing import cast
 from torch import Tensor
 
 from srcflow.convert.config import Sizes
-from srcflow.convert.state import Rule, rename
+from srcflow.convert.state import Rule, load, rename
 from srcflow.errors import ConfigError, WeightsError
 from srcflow.flows.block import TransformerBlock
 from srcflow.flows.conditioners import ClassTable, ClassToken, TextPrefix
+from srcflow.flows.flow import Flow
 from srcflow.flows.positions import Learned
 from srcflow.flows.trunk import Layer, Trunk
 from srcflow.nn.mlp import GatedMLP
@@ -68,78 +71,126 @@ def trunk_rules(trunk: Trunk, ours: str, theirs: str | None = None) -> list[Rule
 
 
 class Shown:
-    """What a published state dict shows of the model."""
+    """What a published state dict shows of the model. Where tensors disagree about a size, most of them are believed, so that the odd one
+    is reported as misshaped.
+
+    Args:
+        state: the state dict.
+        what: the model's name, for errors.
+    """
 
     def __init__(self, state: State, what: str) -> None:
-        self.state, self.what = state, what
-        found = [int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k))]
+        self.what = what
+        self.shapes = {k: tuple(v.shape) for k, v in state.items() if not any(fnmatch.fnmatch(k, p) for p in UNUSED)}
+        found = [int(m[1]) for k in self.shapes if (m := re.match(r"blocks\.(\d+)\.", k))]
         if not found:
-            raise WeightsError(f"{what}: no key starts with `blocks.`; is it a state dict of {what}? It has {sorted(state)[:4]} ...")
+            raise WeightsError(f"{what}: no key starts with `blocks.`; is it a state dict of {what}? It has {sorted(state)[:4]} ... {BARE}")
         self.blocks = max(found) + 1
 
-    def _key(self, name: str, block: int = 0, prefix: str | None = None) -> str:
-        return f"{prefix or f'blocks.{block}'}.{name}"
+    def has(self, name: str, prefix: str = "blocks.*") -> bool:
+        """Whether a tensor is there; both may hold `*`."""
+        return any(fnmatch.fnmatch(k, f"{prefix}.{name}") for k in self.shapes)
 
-    def has(self, name: str, block: int = 0, prefix: str | None = None) -> bool:
-        """Whether a block has a tensor."""
-        return self._key(name, block, prefix) in self.state
+    def size(self, *places: tuple[str, int], prefix: str = "blocks.*") -> int | None:
+        """The size that most tensors have at one of `places`, pairs of a name (which may hold `*`) and an axis; the first place where
+        there is any tensor decides. None if there is none."""
+        for name, axis in places:
+            sizes = [v[axis] for k, v in self.shapes.items() if fnmatch.fnmatch(k, f"{prefix}.{name}") and len(v) > axis]
+            if sizes:
+                return max(sizes, key=sizes.count)
+        return None
 
-    def size(self, name: str, axis: int, block: int = 0, prefix: str | None = None) -> int:
-        """One axis of a block's tensor.
-
-        Raises:
-            WeightsError: the tensor is not there, or has fewer axes.
-        """
-        tensor = self.state.get(self._key(name, block, prefix))
-        if tensor is None or tensor.ndim <= axis:
-            raise WeightsError(f"{self.what}: {self._key(name, block, prefix)} is missing, which shows the size of the model.")
-        return int(tensor.shape[axis])
-
-    def layers(self, block: int = 0, prefix: str | None = None) -> int:
+    def layers(self, prefix: str) -> int:
         """Number of a block's transformer layers."""
-        start = re.escape(self._key("attn_blocks.", block, prefix))
-        return 1 + max((int(m[1]) for k in self.state if (m := re.match(start + r"(\d+)\.", k))), default=-1)
+        return 1 + max((int(m[1]) for k in self.shapes if (m := re.match(re.escape(prefix) + r"\.attn_blocks\.(\d+)\.", k))), default=-1)
 
-    def attention(self, prefix: str, head_dim: int) -> tuple[int, int, int]:
-        """Query heads, key/value heads, and the MLP's inner width.
+    def hidden(self, prefix: str) -> int | None:
+        """Inner width of a block's MLPs."""
+        layer = f"{prefix}.attn_blocks.*.mlp"
+        return self.size(*((n, 0) for n in _UP), *((n, 1) for n in _DOWN), prefix=layer)
+
+    def heads(self, sizes: Sizes, prefix: str, width: int, head_dim: int, given: int | None) -> tuple[int, int]:
+        """Query and key/value heads of a block; what does not divide into heads of this width is noted."""
+        layer = f"{prefix}.attn_blocks.*.attention"
+        queries = self.size(("proj.weight", 1), prefix=layer) or (width if given is None else given * head_dim)
+        rows = self.size(("qkv.weight", 0), ("qkv.bias", 0), prefix=layer) or 3 * queries
+        if head_dim < 1 or queries % head_dim or (rows - queries) % (2 * head_dim) or rows <= queries:
+            shown = f"{prefix} has {queries} query channels of {rows} in all"
+            key = f"{self.what.lower()}.head_dim"
+            sizes.problems.add(ConfigError(key, head_dim, f"{shown}.", "Give the head_dim the model was built with."))
+            sizes.raise_if_any()
+        return queries // head_dim, (rows - queries) // (2 * head_dim)
+
+    def sure(self, shown: int | None, given: int | None, key: str) -> int:
+        """A size that the weights show, or else the configuration gives.
 
         Raises:
-            ConfigError: the tensors are not made of heads of this width.
+            WeightsError: neither does.
         """
-        queries = self.size("attn_blocks.0.attention.proj.weight", 1, prefix=prefix)
-        rows = self.size("attn_blocks.0.attention.qkv.weight", 0, prefix=prefix)
-        if queries % head_dim or (rows - queries) % (2 * head_dim) or rows <= queries:
-            shown = f"{prefix} has {queries} query channels of {rows} in all"
-            raise ConfigError(f"{self.what.lower()}.head_dim", head_dim, f"{shown}.", "Give the head_dim the model was built with.")
-        up = "main.0" if self.has("attn_blocks.0.mlp.main.0.weight", prefix=prefix) else "gate_proj"
-        return queries // head_dim, (rows - queries) // (2 * head_dim), self.size(f"attn_blocks.0.mlp.{up}.weight", 0, prefix=prefix)
+        if shown is None and given is None:
+            raise WeightsError(f"{self.what}: the weights lack every tensor that would show {key}, and the configuration does not give it.")
+        return shown if shown is not None else cast(int, given)
 
 
-def layers_of(sizes: Sizes, given: int | Sequence[int] | None, shown: list[int]) -> list[int]:
-    """Layers of every block; a given number, or a list of one, stands for all."""
+BARE = "The state dict is wanted as it is, without what wraps it or stands before its keys (srcflow.convert.state.unwrap finds it)."
+_UP = ("main.0.weight", "main.0.bias", "gate_proj.weight", "up_proj.weight")
+_DOWN = ("main.2.weight", "down_proj.weight")
+
+
+def layers_of(sizes: Sizes, given: int | Sequence[int] | None, shown: list[int]) -> None:
+    """A given number of layers, or a list of one, stands for all blocks."""
     if given is not None:
         wanted = [given] if isinstance(given, int) else list(given)
         sizes.take("layers_per_block", wanted * len(shown) if len(wanted) == 1 else wanted, shown)
-    return shown
 
 
-def check_patches(sizes: Sizes, in_channels: int | None, patch_size: int | None, img_size: int | None, token: int, side: int) -> None:
-    """Check image channels, patch and image side against the width of a token and the grid."""
-    if in_channels is None and patch_size is None:
-        return
-    if in_channels is not None and patch_size is not None:
-        product = in_channels * patch_size**2
-        if product != token:
-            why = f"makes tokens of {product} numbers; the weights have {token}."
-            sizes.problems.add(ConfigError(f"{sizes.what}.in_channels, patch_size", (in_channels, patch_size), why))
-    if img_size is not None and patch_size is not None:
-        sizes.take("img_size", img_size, side * patch_size)
+def patch_size_of(sizes: Sizes, in_channels: int | None, patch_size: int | None, token: int) -> int | None:
+    """Side of a patch, as far as it is known: tokens of `token` numbers are patches of `in_channels` channels."""
+    if patch_size is not None and (patch_size < 1 or token % patch_size**2):
+        why = f"does not divide tokens of {token} numbers into channels."
+        sizes.problems.add(ConfigError(f"{sizes.what}.patch_size", patch_size, why, "Give the side the model was built with."))
+        return None
+    if in_channels is None:
+        return patch_size
+    p = patch_size or math.isqrt(token // in_channels if in_channels > 0 else 0)
+    if in_channels < 1 or in_channels * p**2 != token:
+        why = f"tokens of the weights have {token} numbers" + (f", patches a side of {patch_size}." if patch_size else ".")
+        sizes.problems.add(ConfigError(f"{sizes.what}.in_channels", in_channels, why, "Give what the model was built with."))
+        return patch_size
+    return p
+
+
+def check_side(sizes: Sizes, img_size: int | None, patch: int | None, token: int, side: int) -> None:
+    """A given side of the images (or latents) must be `side` patches; where the patch is not known, of any that tokens allow."""
+    fitting = [patch] if patch is not None else [p for p in range(1, math.isqrt(token) + 1) if token % p**2 == 0]
+    if img_size is not None and img_size not in [side * p for p in fitting]:
+        why = f"the weights have {side} x {side} tokens of " + (f"patches of side {patch}." if patch else f"{token} numbers.")
+        sizes.problems.add(ConfigError(f"{sizes.what}.img_size", img_size, why, "Give the side the model was built for."))
 
 
 def check_expansion(sizes: Sizes, given: float | None, width: int, hidden: int) -> None:
     """A given expansion must give the MLP's inner width, cut to a whole number as the published code does."""
     if given is not None and int(width * given) != hidden:
         sizes.take("expansion", float(given), hidden / width)
+
+
+def load_with(sizes: Sizes, flow: Flow, state: State, rules: list[Rule], *, what: str, ignore: Sequence[str] = (), hint: str = "") -> None:
+    """`load`, whose complaints are told together with those about the configuration.
+
+    Raises:
+        ConfigError: a configured value contradicts the weights.
+        WeightsError: keys are missing, unknown or misshaped (ProblemsError where both is so).
+    """
+    try:
+        load(flow, state, rules, what=what, ignore=ignore, hint=hint)
+    except WeightsError as e:
+        sizes.raise_if_any(e)
+    sizes.raise_if_any()
+
+
+def used(state: State) -> State:
+    """The tensors whose precision counts: not the buffers that hold no weights."""
+    return {k: v for k, v in state.items() if k != "var" and not any(fnmatch.fnmatch(k, p) for p in UNUSED)}
 
 
 def _unsqueezed(ours: str, theirs: str, axes: tuple[int, ...]) -> Rule:

@@ -216,3 +216,59 @@ def test_a_flow_that_starflow_cannot_express_is_refused_by_its_part(name: str) -
     }[name]()
     with pytest.raises((ConfigError, ProblemsError), match=part):
         convert.to_starflow(perturb(flow), in_channels=4)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "blocks.2.proj_in.weight",
+        "blocks.0.proj_in.weight",
+        "blocks.2.attn_blocks.0.attention.qkv.weight",
+        "blocks.2.attn_blocks.0.attention.proj.weight",
+        "blocks.1.attn_blocks.0.mlp.main.0.weight",
+        "blocks.2.proj_txt.weight",
+        "blocks.2.proj_txt.bias",
+        "blocks.2.sos_embed",
+        "blocks.2.final_norm.weight",
+    ],
+)
+def test_a_lost_key_is_told_with_all_others_even_if_it_shows_a_size(text: Case, key: str) -> None:
+    state = {k: v for k, v in text.vector.state.items() if k != key}
+    state |= {"foo.bar": torch.ones(1), "blocks.1.proj_out.bias": torch.ones(3)}
+    with pytest.raises(WeightsError) as caught:
+        convert.starflow(state, **text.vector.config)
+    message = str(caught.value)
+    assert f"missing {key} {tuple(text.vector.state[key].shape)}" in message
+    assert "unknown foo.bar" in message
+    assert "blocks.1.proj_out.bias: shape (3,), expected (16,)" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"in_channels": 4, "patch_size": None}, "in_channels"),
+        ({"patch_size": 3}, "patch_size"),
+        ({"img_size": 7, "patch_size": None, "in_channels": None}, "img_size"),
+        ({"num_classes": 3}, "num_classes"),
+    ],
+    ids=str,
+)
+def test_a_contradiction_slips_through_no_gap_in_the_configuration(text: Case, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(SrcflowError, match=named):
+        convert.starflow(text.vector.state, **{**text.vector.config, **change})
+
+
+def test_a_model_without_text_is_not_conditioned() -> None:
+    vector = read("starflow_uncond")
+    for change in ({"cond_top_only": True}, {"num_classes": 10}, {"txt_dim": 5}):
+        with pytest.raises(ConfigError, match=next(iter(change))):
+            convert.starflow(vector.state, **{**vector.config, **change})
+
+
+def test_none_stands_for_every_default(text: Case) -> None:
+    config = {**dict.fromkeys(convert.config.names(convert.starflow)), **text.vector.config}
+    flow = convert.starflow(text.vector.state, **config)
+    x = text.tokens(text.vector.given["x"])
+    assert torch.equal(flow(x, text.condition).z, text.flow(x, text.condition).z)
+    bits = {k: int(v) if isinstance(v, bool) else v for k, v in text.vector.config.items()}
+    assert torch.equal(convert.starflow(text.vector.state, **bits)(x, text.condition).z, text.flow(x, text.condition).z)

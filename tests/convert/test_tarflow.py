@@ -197,3 +197,102 @@ def test_another_models_weights_are_refused() -> None:
 def test_float64_weights_stay_float64(vector: Vector) -> None:
     flow = convert.tarflow({k: v.double() for k, v in vector.state.items()}, **vector.config)
     assert {p.dtype for p in flow.parameters()} == {torch.float64}
+
+
+def lost(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
+    """The state without `key`, with a stray key and a misshaped one."""
+    changed = {k: v for k, v in state.items() if k != key}
+    return {**changed, "foo.bar": torch.ones(1), "blocks.1.proj_out.bias": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "blocks.0.proj_in.weight",
+        "blocks.0.proj_in.bias",
+        "blocks.0.pos_embed",
+        "blocks.0.class_embed",
+        "blocks.2.class_embed",
+        "blocks.0.attn_blocks.0.mlp.main.0.weight",
+        "blocks.0.attn_blocks.0.attention.qkv.weight",
+        "blocks.2.attn_blocks.1.attention.proj.weight",
+        "blocks.2.proj_out.weight",
+    ],
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_a_lost_key_is_told_with_all_others_even_if_it_shows_a_size(vector: Vector, key: str, told: bool) -> None:
+    with pytest.raises(WeightsError) as caught:
+        convert.tarflow(lost(vector.state, key), **(vector.config if told else {}))
+    text = str(caught.value)
+    assert f"missing {key} {tuple(vector.state[key].shape)}" in text
+    assert "unknown foo.bar" in text
+    assert "blocks.1.proj_out.bias: shape (3,), expected (16,)" in text
+    assert text.count("\n") == 3
+
+
+def test_a_misshaped_key_that_shows_a_size_is_the_odd_one_out(vector: Vector) -> None:
+    state = {**vector.state, "blocks.0.proj_in.weight": torch.ones(7, 8), "blocks.0.class_embed": torch.ones(9, 1, 64)}
+    with pytest.raises(WeightsError) as caught:
+        convert.tarflow(state, **vector.config)
+    assert str(caught.value).count("shape") == 2
+
+
+@pytest.mark.parametrize("told", [{}, {"num_blocks": 3}])
+def test_a_lost_block_or_layer_is_not_taken_for_the_identity(vector: Vector, told: dict[str, int]) -> None:
+    for start in ("blocks.1.", "blocks.2.attn_blocks.1."):
+        with pytest.raises(WeightsError, match=f"missing {start}"):
+            convert.tarflow({k: v for k, v in vector.state.items() if not k.startswith(start)}, **told)
+
+
+def test_a_stray_buffer_makes_no_block_and_no_precision(vector: Vector) -> None:
+    state = {**vector.state, "blocks.9.attn_mask": torch.ones(2, 2, dtype=torch.float64)}
+    flow = convert.tarflow(state)
+    assert len(flow.blocks) == 3
+    assert {p.dtype for p in flow.parameters()} == {torch.float32}
+
+
+def test_var_is_ones_where_it_is_left_out_and_must_be_positive(vector: Vector) -> None:
+    state = {k: v for k, v in vector.state.items() if k != "var"}
+    assert (convert.tarflow(state).prior_std == 1).all()
+    state = volume_preserving(vector)
+    with pytest.raises(WeightsError, match="missing var"):
+        convert.tarflow({k: v for k, v in state.items() if k != "var"}, nvp=False)
+    with pytest.raises(WeightsError, match="not positive"):
+        convert.tarflow({**state, "var": -state["var"]}, nvp=False)
+
+
+@pytest.mark.parametrize(
+    "change", [{"img_size": 999}, {"in_channels": 5}, {"patch_size": 3}, {"patch_size": 0}, {"head_dim": 0}, {"in_channels": 0}], ids=str
+)
+def test_a_contradiction_slips_through_no_gap_in_the_configuration(vector: Vector, change: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        convert.tarflow(vector.state, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": "64"}, "whole number"),
+        ({"head_dim": 64.5}, "whole number"),
+        ({"layers_per_block": "1 2"}, "whole number or a list"),
+        ({"nvp": 2}, "true or false"),
+        ({"expansion": "4"}, "a number"),
+        ({"channels": True}, "whole number"),
+    ],
+    ids=str,
+)
+def test_values_of_another_type_are_refused(vector: Vector, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        convert.tarflow(vector.state, **{**vector.config, **change})
+
+
+def test_none_is_the_default_and_whole_floats_and_bits_are_taken(vector: Vector, flow: Flow) -> None:
+    given = {"head_dim": None, "nvp": 1, "channels": 64.0, "layers_per_block": [2.0], "expansion": 4, "img_size": None}
+    again = convert.tarflow(vector.state, **given)  # type: ignore[arg-type]
+    x = tokens(vector.given["x"])
+    assert torch.equal(again(x).z, flow(x).z)
+
+
+def test_a_wrapped_state_dict_is_told_how_to_be_unwrapped(vector: Vector) -> None:
+    with pytest.raises(WeightsError, match="unwrap"):
+        convert.tarflow({f"module.{k}": v for k, v in vector.state.items()})
