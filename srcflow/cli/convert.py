@@ -26,7 +26,9 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--config", type=str | None, default=None, help="JSON or YAML file with the published model's configuration, under its own names."
     )
-    parser.add_argument("--set", type=str, nargs="+", default=[], metavar="KEY=VALUE", help="Further values, e.g. head_dim=64 sos=true.")
+    parser.add_argument(
+        "--set", type=str, nargs="+", default=[], metavar="KEY=VALUE", help="Further values, e.g. head_dim=64 decoder.heads=16."
+    )
     parser.add_argument(
         "--encoder", type=str | None, default=None, help="rae: the encoder's weights, where the file holds the decoder only."
     )
@@ -41,7 +43,9 @@ def run(config: Namespace) -> int:
     from srcflow.convert.files import convert_file, defaults, read_config
 
     settings: dict[str, Any] = {} if config.config is None else read_config(config.config)
-    settings.update(values_of(config.set))
+    for key, value in values_of(config.set).items():
+        both = isinstance(value, dict) and isinstance(settings.get(key), dict)
+        settings[key] = {**settings[key], **value} if both else value
     target = convert_file(
         config.kind,
         config.path,
@@ -59,7 +63,7 @@ def run(config: Namespace) -> int:
 
 
 def values_of(pairs: list[str]) -> dict[str, Any]:
-    """Values of `key=value` pairs, read as JSON or YAML.
+    """Values of `key=value` pairs, read as JSON or YAML; a key with dots reaches into a mapping.
 
     Raises:
         ConfigError: a pair has no `=`, or a value is neither.
@@ -73,7 +77,13 @@ def values_of(pairs: list[str]) -> dict[str, Any]:
             problems.add(ConfigError("set", pair, "is no key=value.", "Write e.g. --set head_dim=64 sos=true."))
             continue
         try:
-            values[key] = parsed(value)
+            place: Any
+            place, (*outer, last) = values, key.split(".")
+            for name in outer:  # decoder.heads=4
+                place = place.setdefault(name, {})
+                if not isinstance(place, dict):
+                    raise ConfigError(f"set {key}", value, f"{name} is a value already.")
+            place[last] = parsed(value)
         except yaml.YAMLError as e:
             problems.add(ConfigError(f"set {key}", value, f"is no value: {e}."))
     problems.raise_if_any()

@@ -36,11 +36,25 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mo
 STARFLOW_NAMES = {"channel_size": "in_channels", "blocks": "num_blocks"}
 """Names in STARFlow's training configurations that its constructor calls otherwise."""
 STARFLOW_VAE_STRIDE = 8
+STARFLOW_SCRIPT = {"patch_size": 4, "layers_per_block": 8, "blocks": 4}
+"""What STARFlow's training script takes for arguments that its configuration leaves out, where its constructor has no default."""
 STARFLOW_TRAINING = frozenset(
-    {"no_flip", "fsdp", "fsdp_text_encoder", "noise_std", "batch_size", "lr", "min_lr", "wds", "gradient_checkpoint", "vae", "text", "cfg"}
-    | {"gradient_checkpoint_mlp", "drop_label", "sample_freq", "latent_norm_regularization", "dataset", "epochs", "acc", "num_workers"}
-    | {"grad_clip", "grad_skip", "warmup_steps", "save_every", "logdir", "wandb_name", "finetuned_vae", "cond_noise_level", "mix_aspect"}
-    | {"target_noise_std", "dry_run", "compile", "fp8", "resume_path", "nvp", "adaln"}
+    {"acc", "adaln", "batch_size", "caption_column", "cfg", "compile", "cond_noise_level", "data", "dataset", "drop_image", "drop_label"}
+    | {"dry_run", "epoch_length", "epochs", "finetuned_vae", "fp8", "fsdp", "fsdp_text_encoder", "gradient_checkpoint", "grad_clip"}
+    | {"gradient_checkpoint_mlp", "grad_skip", "img_size", "last_frame_cond", "latent_norm_regularization", "logdir", "loss_scaling", "lr"}
+    | {"min_lr", "mix_aspect", "model_config_path", "no_flip", "noise_embed_denoiser", "noise_std", "noise_type", "num_samples", "nvp"}
+    | {"resume_epoch", "resume_path", "sample_batch_size", "sample_freq", "save_every", "secondary_batch_size", "secondary_dataset", "text"}
+    | {
+        "secondary_img_size",
+        "secondary_ratio",
+        "secondary_vid_size",
+        "target_noise_std",
+        "train_seed",
+        "use_8bit_adam",
+        "vae",
+        "wandb_name",
+    }
+    | {"vae_decoder_factor", "video_to_video", "warmup_steps", "wds", "num_workers"}
 )
 """Names in STARFlow's training configurations that say nothing about the network."""
 
@@ -89,7 +103,7 @@ def convert_file(
     if kind == "rae_diffusers":
         module = function(path, **config)
     elif kind == "rae":
-        state = read(Path(path))
+        state = read_weights(path)
         if encoder is not None:
             state = _with_encoder(state, read_weights(encoder), path)
         module = function(state, None if statistics is None else read_statistics(statistics), **config)
@@ -205,7 +219,7 @@ def starflow_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: a name is unknown, or the model is one for video.
     """
     problems, config = Problems(), dict[str, Any]()
-    for name, value in arguments.items():
+    for name, value in {**STARFLOW_SCRIPT, **arguments}.items():
         if name in ("vid_size", "fps_cond", "temporal_causal") and value not in (None, 0, "none"):
             problems.add(ConfigError(f"config.{name}", value, "is of STARFlow-V; srcflow has no models for video."))
         elif name in ("nvp", "adaln") and bool(value) != (name == "nvp"):
@@ -219,6 +233,9 @@ def starflow_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         elif name not in STARFLOW_TRAINING:
             problems.add(UnknownNameError("config", name, [*names(convert.starflow), *STARFLOW_NAMES], paths=False))
     problems.raise_if_any()
+    layers = config["layers_per_block"]
+    if isinstance(layers, list) and len(layers) > 1:  # which then counts the blocks
+        config["num_blocks"] = len(layers)
     return config
 
 
@@ -257,11 +274,12 @@ def export_file(
     kind: Literal["model", "raw"] = "raw" if weights == "raw" else "model"
     if form in FLOWS:
         flow = artifacts.load(places["flow"], Flow, weights=kind)
+        source = artifacts.read_manifest(places["flow"]).get("converted_from", {}).get("config", {})
         if in_channels is None:
-            source = artifacts.read_manifest(places["flow"]).get("converted_from", {}).get("config", {})
-            in_channels = source.get("in_channels", 3 if form == "tarflow" else 4)
+            in_channels = source.get("in_channels") or (3 if form == "tarflow" else 4)
+        length = {"txt_size": source.get("txt_size")} if form == "starflow" else {}
         exporter: Callable[..., tuple[dict[str, Tensor], dict[str, Any]]] = getattr(convert, f"to_{form}")
-        state, config = exporter(flow, in_channels=in_channels)
+        state, config = exporter(flow, in_channels=in_channels, **length)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, folder / f"{form}.pth")
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

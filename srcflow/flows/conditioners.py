@@ -116,6 +116,8 @@ class TextPrefix(Conditioner):
             raise ConfigError(
                 "condition.text", None, "this block is conditioned on text.", "Give Condition(text=...), or call Flow.set_null."
             )
+        if text.shape[-1] != self.text_dim:
+            raise ShapeError(f"condition.text has features of width {text.shape[-1]}, the model takes text_dim = {self.text_dim}.")
         if condition.mask is not None:
             text = text * condition.mask[..., None].to(text.dtype)
         return self.proj(text.to(self.proj.weight.dtype))  # type: ignore[no-any-return]  # torch is untyped here
@@ -154,6 +156,11 @@ def resolve(
     for name, field in (("labels", given.labels), ("text", given.text)):
         if field is not None and field.shape[0] != batch:
             raise ShapeError(f"condition.{name} has {field.shape[0]} rows for a batch of {batch}.")
+    if given.text is not None and given.text.ndim != 3:
+        raise ShapeError(f"condition.text is (B, L, T), not {tuple(given.text.shape)}.")
+    if given.mask is not None and (given.text is None or given.mask.shape != given.text.shape[:2]):
+        shape = None if given.text is None else tuple(given.text.shape)
+        raise ShapeError(f"condition.mask {tuple(given.mask.shape)} is not (B, L) of condition.text {shape}.")
     if kind == "labels":
         return _resolved_labels(given, batch, num_classes, device)
     dropped = None if given.labels is None else given.labels < 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from srcflow.errors import ConfigError, ShapeError
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable, ClassToken, Kind, resolve
+from srcflow.flows.conditioners import ClassTable, ClassToken, Kind, TextPrefix, resolve
 from srcflow.flows.denoise import tweedie
 from srcflow.flows.denoiser import Denoiser
 from srcflow.flows.likelihood import normal_log_prob
@@ -129,6 +129,9 @@ class Flow(nn.Module, metaclass=Recorded):
             raise ShapeError(
                 f"the null text is (L, T) with a mask (L,), not {tuple(text.shape)} and {None if mask is None else tuple(mask.shape)}."
             )
+        wanted = next(t.conditioner.text_dim for t in self._trunks() if isinstance(t.conditioner, TextPrefix))
+        if text.shape[1] != wanted:
+            raise ShapeError(f"the null text has features of width {text.shape[1]}, the model takes text_dim = {wanted}.")
         device = self.prior_std.device
         self.null_text = text.detach().clone().to(device)
         self.null_mask = None if mask is None else mask.detach().clone().to(device)
@@ -279,7 +282,8 @@ class Flow(nn.Module, metaclass=Recorded):
                 other = guidance.negative.flow
                 negative_block = other._blocks()[k] if isinstance(other, Flow) else None
                 block = GuidedBlock(block, guidance, negative_block=negative_block, negative_condition=negative)
-            u = solver(block, permute(x, order), ctx).u
+            with torch.compiler.set_stance("force_eager"):  # a compiled layer would be compiled anew for every token
+                u = solver(block, permute(x, order), ctx).u
             x = permute(u, order)
             outputs.append(x)
         return outputs
@@ -365,6 +369,10 @@ class Flow(nn.Module, metaclass=Recorded):
         grid = self.grid if grid is None else (int(grid[0]), int(grid[1]))
         if x.ndim != 3 or x.shape[2] != self.channels or x.shape[1] != grid[0] * grid[1]:
             raise ShapeError(f"tokens {tuple(x.shape)} do not fit (B, {grid[0]} x {grid[1]}, channels = {self.channels}).")
+        if isinstance(attention_temperature, Tensor):
+            if attention_temperature.numel() not in (1, x.shape[0]):
+                raise ShapeError(f"attention_temperature {tuple(attention_temperature.shape)} is neither one number nor one per row.")
+            attention_temperature = attention_temperature.reshape(-1).expand(x.shape[0])
         return Context(self.resolve(condition, x.shape[0]) if resolve else None, grid, attention_temperature)
 
     def _prior(self, tokens: int) -> Tensor | None:

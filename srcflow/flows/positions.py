@@ -78,5 +78,7 @@ class Rotary(Positions):
 
     def rotation(self, grid: Grid, prefix: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """See `Positions.rotation`."""
-        a = angles(head_dim, self.side, grid, prefix, self.text_axis, device)
-        return a.cos(), a.sin()
+        exact = device if device.type != "mps" else torch.device("cpu")  # Metal has no float64
+        a = angles(head_dim, self.side, grid, prefix, self.text_axis, exact)
+        cos, sin = a.cos(), a.sin()
+        return (cos, sin) if exact == device else (cos.float().to(device), sin.float().to(device))

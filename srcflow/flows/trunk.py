@@ -155,8 +155,11 @@ class Trunk(nn.Module, metaclass=Recorded):
         if self.positions is None:  # an empty trunk never comes here
             return Prepared(prefix, added, None, None, ctx.attention_temperature)
         rotation = self.positions.rotation(grid, 0 if prefix is None else prefix.shape[1], self.head_dim, device)
+        if rotation is not None:  # once, not at every layer and token
+            high = torch.promote_types(self.proj_in.weight.dtype, torch.float32)
+            rotation = (rotation[0].to(high), rotation[1].to(high))
         temperature = ctx.attention_temperature
-        if isinstance(temperature, Tensor):  # once, not at every layer and token
+        if isinstance(temperature, Tensor):
             temperature = temperature.to(device)
         return Prepared(prefix, added, self.positions.table(grid, order), rotation, temperature)
 
@@ -166,7 +169,8 @@ class Trunk(nn.Module, metaclass=Recorded):
             inputs = inputs.to(self.proj_in.weight.dtype)
         h = self.proj_in(inputs)
         if prepared.table is not None:
-            h = h + prepared.table[:, slot : slot + inputs.shape[1]].to(h.dtype)
+            # not rounded to autocast's type, which it lifts the residual stream out of (as in published TARFlow)
+            h = h + prepared.table[:, slot : slot + inputs.shape[1]]
         if prepared.added is not None:
             h = h + prepared.added.to(h.dtype)
         return h  # type: ignore[no-any-return]  # torch is untyped here

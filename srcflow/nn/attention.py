@@ -135,7 +135,7 @@ class Attention(nn.Module):
             seen.append(self._largest_logit(q, k, causal=causal, at=at))
         with favourable_kernel(q, k.shape[2]):
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal and mask is None and m > 1, enable_gqa=self.kv_heads != self.heads
+                q, k, v, attn_mask=mask, is_causal=bool(causal and mask is None and m > 1), enable_gqa=self.kv_heads != self.heads
             )
         return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # torch is untyped here
 

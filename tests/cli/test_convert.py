@@ -14,6 +14,8 @@ from torch import Tensor
 from srcflow import Pipeline, artifacts, convert, presets
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.cli import main
+from srcflow.cli.convert import values_of
+from srcflow.convert.files import starflow_arguments
 from srcflow.flows.flow import Flow
 from srcflow.testing import perturb
 from srcflow.types import Condition
@@ -82,6 +84,7 @@ def test_starflow_by_its_sidecar_and_back(tmp_path: Path, capsys: pytest.Capture
     assert again.keys() == state.keys()
     assert all(torch.equal(again[k], v) for k, v in state.items())
     assert json.loads((tmp_path / "back" / "config.json").read_text())["in_channels"] == 8  # remembered from the conversion
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["txt_size"] == 5
 
 
 def test_starflow_by_the_configuration_of_its_release(tmp_path: Path) -> None:
@@ -196,3 +199,17 @@ def test_a_truncated_file_is_told(tarflow: Path, tmp_path: Path, capsys: pytest.
     save_file({"blocks.0.proj_in.weight": torch.ones(8, 8)}, tmp_path / "cut.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-16])
     assert "cut.safetensors cannot be read" in fails(["convert", "tarflow", str(tmp_path / "cut.safetensors"), "--out", "o"], capsys)
+
+
+def test_values_reach_into_mappings(tmp_path: Path) -> None:
+    assert values_of(["decoder.heads=4", "decoder.dim=8", "stat_eps=1e-5", "sos=true"]) == {
+        "decoder": {"heads": 4, "dim": 8},
+        "stat_eps": 1e-5,
+        "sos": True,
+    }
+
+
+def test_what_a_release_configuration_leaves_out_is_what_its_script_takes() -> None:
+    assert starflow_arguments({"img_size": 32})["patch_size"] == 4
+    config = starflow_arguments({"img_size": 256, "vae": "x", "layers_per_block": "2 2 24", "blocks": 6, "noise_type": "gaussian"})
+    assert (config["num_blocks"], config["layers_per_block"], config["img_size"]) == (3, [2, 2, 24], 32)

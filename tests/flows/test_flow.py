@@ -512,3 +512,54 @@ def test_a_text_flow_refuses_labels_without_text() -> None:
     with pytest.raises(ConfigError, match="conditioned on text"):
         flow(data(flow), Condition(labels=torch.tensor([0, -1])))
     assert torch.equal(flow(data(flow), Condition(labels=torch.tensor([-1, -1]))).z, flow(data(flow)).z)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,)])
+def test_attention_temperature_may_be_any_tensor_of_one_or_a_number_per_row(shape: tuple[int, ...]) -> None:
+    flow = perturb(FLOWS["srcflow"](), 0.1)
+    z, condition, t = data(flow), Condition(labels=torch.tensor([1, 2])), torch.full(shape, 0.7)
+    for guidance in (None, Gaussian(1.5, negative=Negative(attention_temperature=1.3))):
+        expected = flow.inverse(z, condition, guidance=guidance, attention_temperature=0.7)
+        torch.testing.assert_close(flow.inverse(z, condition, guidance=guidance, attention_temperature=t), expected)
+    with pytest.raises(ShapeError, match="one per row"):
+        flow.inverse(z, condition, attention_temperature=torch.ones(3))
+
+
+def test_text_of_other_shapes_is_refused() -> None:
+    flow = perturb(presets.starflow(GRID, 3, 64, [1, 1], head_dim=32, text_dim=5))
+    x, good = data(flow), text()
+    for condition in (
+        Condition(text=text(width=6)),
+        Condition(text=good[0]),
+        Condition(text=good, mask=torch.ones(2, 3, dtype=torch.bool)),
+        Condition(text=good[..., 0]),
+    ):
+        with pytest.raises(ShapeError):
+            flow(x, condition)
+    with pytest.raises(ShapeError, match="text_dim = 5"):
+        flow.set_null(text(width=6)[0])
+
+
+def test_published_residuals_are_not_rounded_to_autocasts_type() -> None:
+    flow = perturb(FLOWS["tarflow"](), 0.1)
+    seen = []
+    flow.blocks[0].layers[0].register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        flow(data(flow), Condition(labels=torch.tensor([1, 2])))
+    assert seen == [torch.float32]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, about what its compiler looks at
+def test_compiled_layers_give_the_same_and_sample_without_compiling_anew() -> None:
+    flow = perturb(FLOWS["srcflow"](), 0.1)
+    z, condition = data(flow), Condition(labels=torch.tensor([1, 2]))
+    plain, sampled = flow(z, condition), flow.inverse(z, condition)
+    flow.compile_layers()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(flow.inverse(z, condition), sampled)
+    compiled = flow(z, condition)
+    torch.testing.assert_close(compiled.z, plain.z, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled.logdet, plain.logdet, atol=1e-4, rtol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
