@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from srcflow.convert.config import Sizes, known
+from srcflow.convert.rae_decoder import BUFFERS, check_epsilon, check_tensors, unsized
 from srcflow.convert.state import Rule, Tensors, exported, linear, load, precision, rename, reshape, stacked
 from srcflow.encoders.base import Encoder
 from srcflow.encoders.dinov2 import DINOv2
@@ -25,7 +27,7 @@ from srcflow.errors import ConfigError, Problems, WeightsError, one_of
 from srcflow.nn.patchify import pair
 from srcflow.registry import spec_of
 
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS = {"gelu": "gelu", "gelu (erf)": "gelu", "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 """Names of activations in transformers' configurations and in RAE's -> timm's."""
 _EXPRESSIBLE = {"embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "act_layer"}
 """Which `timm_args` have a counterpart in transformers."""
@@ -139,19 +141,29 @@ class _Layout:
         """Key of the position table."""
         return self.prefix + self.kind.positions
 
-    def rules(self, vit: Any) -> list[Rule]:
-        """What covers the timm model."""
+    @property
+    def patches(self) -> str:
+        """Key of the patches' projection."""
+        return f"{self.prefix}{self.kind.patch}.weight"
+
+    @property
+    def registers_key(self) -> str:
+        """Key of the register tokens."""
+        return f"{self.prefix}embeddings.register_tokens"
+
+    def rules(self, depth: int, table: Sequence[int] = (1, 1, 1)) -> list[Rule]:
+        """What covers the timm model of `depth` layers; `table` is the shape of its position table (needless where names are all)."""
         at, kind = self.prefix, self.kind
         rules = linear("patch_embed.proj", at + kind.patch)
         if kind.cls is SigLIP2:
-            _, n, dim = vit.pos_embed.shape
+            _, n, dim = table
             rules.append(reshape("pos_embed", self.positions, (n, dim), (1, n, dim)))
         elif self.registers:
             rules.append(Rule(("cls_token", "pos_embed"), (f"{at}embeddings.cls_token", self.positions), _fold, _unfold))
-            rules.append(rename("reg_token", f"{at}embeddings.register_tokens"))
+            rules.append(rename("reg_token", self.registers_key))
         else:
             rules += [rename("cls_token", f"{at}embeddings.cls_token"), rename("pos_embed", self.positions)]
-        for i in range(len(vit.blocks)):
+        for i in range(depth):
             ours, theirs = f"blocks.{i}.", f"{at}{self.layers}{i}."
             *qkv, proj = self.attention
             rules += linear(f"{ours}norm1", theirs + kind.norms[0])
@@ -191,11 +203,15 @@ def encoder(
     encoder_mlp: int | None = None,
     encoder_input_size: int | Sequence[int] | None = None,
     encoder_patch: int | None = None,
-    encoder_trained_at: int | None = None,
+    encoder_trained_at: int | Sequence[int] | None = None,
     layer_norm_eps: float | None = None,
     act: str | None = None,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
+    registers: int | None = None,
+    decoder: Mapping[str, Any] | None = None,
+    noise_tau: float | None = None,
+    stat_eps: float | None = None,
 ) -> Encoder:
     """Our encoder of transformers' weights: a `DINOv2`, `SigLIP2` or `MAE` whose specification and state build it again without a file.
 
@@ -204,19 +220,25 @@ def encoder(
     for DINOv2 with registers only. `encoder_input_size` = the size it was trained at keeps the table as it is.
 
     Args:
-        state_dict: their weights, under any outer prefix (`vit.`, `vision_model.`, `encoder.encoder.`, ...).
-        encoder: "dinov2" (with or without registers), "siglip2" (also SigLIP) or "mae"; null: what the keys show.
+        state_dict: their weights, under any outer prefix (`vit.`, `vision_model.`, `encoder.encoder.`, ...); or a whole RAE's, of which
+            the keys `decoder.*` are left out.
+        encoder: "dinov2", "siglip2" (also SigLIP) or "mae"; null: what the keys show.
         encoder_dim: width D; this and the other sizes are checked against the weights.
         encoder_depth: number of layers.
         encoder_heads: attention heads, which the weights do not show; null: the published model's of these sizes, else D / 64.
         encoder_mlp: width of the MLPs, of a gated one after the gate.
         encoder_input_size: what images are resized to, one number or [height, width], multiples of the patch; null: 224 (DINOv2) or 256.
         encoder_patch: patch size in pixels.
-        encoder_trained_at: image size of the position table.
+        encoder_trained_at: image size of the position table, one number or two equal ones.
         layer_norm_eps: epsilon of every LayerNorm; null: 1e-6 (MAE: 1e-12).
-        act: "gelu" or "gelu_tanh"; null: the published model's (SigLIP: gelu_tanh). A gated MLP has SiLU whatever stands here.
+        act: "gelu" (or "gelu (erf)") or "gelu_tanh"; null: the published model's (SigLIP: gelu_tanh). A gated MLP has SiLU, whichever of
+            these or "silu" stands here.
         image_mean: RGB mean of images in [0, 1]; null: ImageNet's (SigLIP: 0.5).
         image_std: standard deviation, likewise.
+        registers: of DINOv2: 4, or 0 for the models without registers; null: 4, as RAE has it.
+        decoder: of a RAE's configuration; changes nothing here, nor do the next two.
+        noise_tau: likewise.
+        stat_eps: likewise.
 
     Returns:
         The encoder in eval mode on the CPU, in float32, or in float64 if the weights are.
@@ -225,22 +247,34 @@ def encoder(
         WeightsError: the keys are of no such encoder, or unknown, missing or misshaped; lists all of them.
         ConfigError: a value is not possible, or the weights contradict it (several problems: ProblemsError).
     """
+    del decoder, noise_tau, stat_eps
     if encoder is not None:
         one_of("encoder.encoder", encoder, _KINDS)
-    dtype = precision(state_dict)
+    check_tensors("encoder", state_dict)
+    given = _encoder_part(state_dict)
+    dtype = precision(given)
     # numbers that were rounded (to bfloat16, say) must not be added up in their own precision
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
-    shown, layout = _layout(state)
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
+    shown, layout = _layout(state, registers)
     kind, at = layout.kind, layout.prefix
+    hint = _hint(state, layout)
+    layers = _depth(state, at + layout.layers)
+    width = _mlp(state, layout, layers)
+    _check_shown(state, layout, layers, width, what=shown, hint=hint)
 
     sizes = Sizes("encoder")
     problems = sizes.problems
     sizes.take("encoder", encoder, shown)
-    patches = state[f"{at}{kind.patch}.weight"]
+    patches = state[layout.patches]
     dim, patch = sizes.take("encoder_dim", encoder_dim, patches.shape[0]), sizes.take("encoder_patch", encoder_patch, patches.shape[-1])
-    depth = sizes.take("encoder_depth", encoder_depth, _depth(state, at + layout.layers))
-    down = state.get(f"{at}{layout.layers}0.{layout.mlp.last}.weight")
-    mlp = (encoder_mlp or 4 * dim) if down is None or down.ndim != 2 else sizes.take("encoder_mlp", encoder_mlp, down.shape[1])
+    depth, mlp = sizes.take("encoder_depth", encoder_depth, layers), sizes.take("encoder_mlp", encoder_mlp, width)
+    if registers not in (None, 0, 4):
+        problems.add(ConfigError("encoder.registers", registers, "there is no such DINOv2.", "Known: 0, 4."))
+    elif registers == 4 and kind.cls is not DINOv2:
+        problems.add(ConfigError("encoder.registers", registers, f"{shown} has none.", "Leave it out."))
+    elif registers == 0 and layout.registers:
+        why = f"the weights have registers, {layout.registers_key}."
+        problems.add(ConfigError("encoder.registers", registers, why, "Write 4, or leave it out."))
     fits = {k: v for k, v in kind.sizes.items() if (v[1], v[2], v[4]) == (dim, depth, mlp) and (k == "giant") == layout.mlp.gated}
     size, published = next(iter(fits.items()), ("giant" if layout.mlp.gated else "base", None))
     heads, input_size = 0, (0, 0)
@@ -251,7 +285,9 @@ def encoder(
     with problems.collect():
         _check_grid(state.get(layout.positions), layout, patch, encoder_trained_at)
     with problems.collect():
-        _check_numbers(layer_norm_eps, act, image_mean, image_std)
+        _check_numbers(layer_norm_eps, image_mean, image_std)
+    with problems.collect():
+        _check_activation(act, layout.mlp.gated)
     if not heads or not input_size[0]:
         problems.raise_if_any()  # there is nothing to load the weights into
 
@@ -261,7 +297,7 @@ def encoder(
         arguments = {"embed_dim": dim, "depth": depth, "num_heads": heads, "mlp_ratio": ratio, "patch_size": patch}
     image_size = input_size[0] if input_size[0] == input_size[1] else input_size
     options: dict[str, Any] = {"timm_args": arguments, "norm_eps": layer_norm_eps}
-    options["act_layer"] = None if act is None or layout.mlp.gated else _ACTIVATIONS.get(act)
+    options["act_layer"] = None if act is None or layout.mlp.gated else _ACTIVATIONS.get(act)  # others were refused above
     if kind.cls is DINOv2:
         options["registers"] = 4 if layout.registers else 0
     with problems.collect():
@@ -269,12 +305,10 @@ def encoder(
             ours: Any = kind.cls(size, image_size, None, **options)
         ours = ours.to(dtype).to_empty(device="cpu")
         state.update(_resampled(ours, state.get(layout.positions), layout))
-        whole = any(k.startswith("decoder.") for k in state)
-        hint = "A whole representation autoencoder, with its decoder, is read by `rae`." if whole else ""
-        load(ours.model, state, layout.rules(ours.model), what=shown, ignore=layout.ignored(), hint=hint)
+        load(ours.model, state, layout.rules(depth, ours.model.pos_embed.shape), what=shown, ignore=layout.ignored(), hint=hint)
     problems.raise_if_any()
-    for name, given in (("mean", image_mean), ("std", image_std)):
-        getattr(ours, name).copy_(torch.tensor(given if given is not None else ours.model.pretrained_cfg[name]))
+    for name, colours in (("mean", image_mean), ("std", image_std)):
+        getattr(ours, name).copy_(torch.tensor(colours if colours is not None else ours.model.pretrained_cfg[name]))
     return ours.eval()  # type: ignore[no-any-return]  # torch is untyped here
 
 
@@ -312,7 +346,7 @@ def to_transformers(encoder: Encoder) -> dict[str, Tensor]:
     names = next(m for m in kind.mlp if m.gated == gated)
     registers = isinstance(encoder, DINOv2) and encoder.registers > 0
     layout = _Layout(kind, "", kind.layers[0], kind.attention[0], names, registers)
-    state = exported(encoder.model, layout.rules(encoder.model))
+    state = exported(encoder.model, layout.rules(len(encoder.model.blocks), encoder.model.pos_embed.shape))
     ones = torch.ones(encoder.dim, dtype=precision(state))
     state.update({f"{kind.final}.weight": ones, f"{kind.final}.bias": torch.zeros_like(ones)})
     if kind.cls is DINOv2:
@@ -320,38 +354,104 @@ def to_transformers(encoder: Encoder) -> dict[str, Tensor]:
     return state
 
 
-def _layout(state: Mapping[str, Tensor]) -> tuple[str, _Layout]:
-    """The kind of encoder that the keys show, and their names."""
+def _encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's own keys; of a whole RAE all but the decoder's, so that what belongs to no part of one is still found."""
+    whole = any(k.startswith("encoder.") and ".embeddings." in k for k in state)
+    return {k: v for k, v in state.items() if not (whole and k.startswith("decoder."))}
+
+
+def _layout(state: Mapping[str, Tensor], registers: int | None) -> tuple[str, _Layout]:
+    """The kind of encoder that the keys show, and their names. DINOv2 has registers unless `registers` is 0."""
     ends = sorted({f"{kind.patch}.weight" for kind in _KINDS.values()})
     found = [(k.removesuffix(end), end, v) for k, v in state.items() for end in ends if k == end or k.endswith(f".{end}")]
-    if len(found) != 1:
+    if len(found) > 1:
         places = ", ".join(repr(at) for at, _, _ in found)
-        problem = f"hold several encoders, at {places}" if found else f"hold no vision encoder of transformers ({' or '.join(ends)})"
-        timm = any(k.endswith("patch_embed.proj.weight") for k in state)
-        cure = "They look like timm's; an encoder takes those as weights: PATH." if timm else f"First keys: {', '.join([*state][:3])}."
-        raise WeightsError(f"the weights {problem}. {cure}")
-    at, end, patches = found[0]
-    if patches.ndim == 2:
-        raise WeightsError(f"{at}{end} is a linear map: NaFlex models take images in their own shape and are not supported.")
-    if patches.ndim != 4 or patches.shape[1] != 3 or patches.shape[2] != patches.shape[3]:
-        raise WeightsError(f"{at}{end}: shape {tuple(patches.shape)}, expected (D, 3, patch, patch).")
-    inner = [k.removeprefix(at) for k in state if k.startswith(at)]
-    if end == f"{_KINDS['siglip2'].patch}.weight":
-        name = "siglip2"
+        raise WeightsError(f"the weights hold several encoders, at {places}. Leave one of them.")
+    if found:
+        at, end, patches = found[0]
+        if patches.ndim == 2:
+            raise WeightsError(f"{at}{end} is a linear map: NaFlex models take images in their own shape and are not supported.")
+        name = "siglip2" if end == f"{_KINDS['siglip2'].patch}.weight" else ""
     else:
+        name, at = _guess(state, ends)
+    inner = [k.removeprefix(at) for k in state if k.startswith(at)]
+    if not name:
         dino = any(".norm1." in k or ".layer_scale1." in k or k == "embeddings.register_tokens" for k in inner)
         name = "dinov2" if dino else "mae"
     kind = _KINDS[name]
-    layers = next((root for root in kind.layers if any(k.startswith(root) for k in inner)), None)
-    if layers is None:
-        raise WeightsError(f"{name}: the weights hold no layers ({' or '.join(at + root for root in kind.layers)}0. ...).")
+    layers = next((root for root in kind.layers if any(k.startswith(root) for k in inner)), kind.layers[0])
+    parts = {m[1] for k in inner if (m := re.match(rf"{re.escape(layers)}\d+\.(.+)\.\w+$", k))}
+    attention = next((a for a in kind.attention if parts.intersection(a)), kind.attention[0])
+    mlp = next((m for m in kind.mlp if parts.intersection((*m.first, m.last))), kind.mlp[0])
+    has_registers = name == "dinov2" and (registers != 0 or "embeddings.register_tokens" in inner)
+    return name, _Layout(kind, at, layers, attention, mlp, has_registers)
 
-    def there(names: Sequence[str]) -> bool:
-        return any(f"{layers}0.{n}.weight" in inner for n in names)
 
-    attention = next((a for a in kind.attention if there(a)), kind.attention[0])
-    mlp = next((m for m in kind.mlp if there((*m.first, m.last))), kind.mlp[0])
-    return name, _Layout(kind, at, layers, attention, mlp, name == "dinov2" and "embeddings.register_tokens" in inner)
+def _guess(state: Mapping[str, Tensor], ends: Sequence[str]) -> tuple[str, str]:
+    """Kind and prefix of weights without the patches' projection: those under which most keys have the kind's names.
+
+    Raises:
+        WeightsError: no kind explains half of the keys under any prefix; lists all of them.
+    """
+    votes = Counter[tuple[str, str]]()
+    for name, kind in _KINDS.items():
+        parts = {*kind.norms, *(p for names in kind.attention for p in names), *(p for m in kind.mlp for p in (*m.first, m.last))}
+        tails = [rf"{root}\d+\.{part}\.(?:weight|bias)" for root in kind.layers for part in (*parts, "layer_scale[12]")]
+        tails += [rf"{kind.patch}\.bias", kind.positions, "embeddings.cls_token", "embeddings.register_tokens", *kind.dropped]
+        pattern = re.compile(rf"((?:.+\.)?)(?:{'|'.join(t.replace('.*', '[.].*') for t in tails)})")
+        votes.update((name, m[1]) for k in state if "text_model." not in k and (m := pattern.fullmatch(k)))
+    for (name, at), count in votes.most_common(1):
+        if 2 * count >= sum(k.startswith(at) for k in state):
+            return name, at
+    lines = [f"unknown {k} {tuple(v.shape)}" for k, v in state.items()] or ["there are no keys at all"]
+    timm = any(k.endswith("patch_embed.proj.weight") for k in state)
+    cure = "\nThey look like timm's; an encoder takes those as weights: PATH." if timm else ""
+    why = f"the weights hold no vision encoder of transformers ({' or '.join(ends)})"
+    raise WeightsError(f"{why}:\n  " + "\n  ".join(lines) + cure)
+
+
+def _hint(state: Mapping[str, Tensor], layout: _Layout) -> str:
+    """What may be the matter if keys are missing or unknown."""
+    hints = []
+    if layout.registers and layout.registers_key not in state:
+        hints.append("RAE's DINOv2 has registers; one without them is read by `encoder` with registers=0.")
+    if any(k in state for k in BUFFERS):
+        hints.append("A folder of diffusers' AutoencoderRAE is read by rae_diffusers.")
+    return " ".join(hints)
+
+
+def _mlp(state: Mapping[str, Tensor], layout: _Layout, depth: int) -> int:
+    """Width of the MLPs as the first layer that has one shows it, of a gated one after the gate; 0 if none does."""
+    names = layout.mlp
+    for i in range(depth):
+        at = f"{layout.prefix}{layout.layers}{i}."
+        down, up = state.get(f"{at}{names.last}.weight"), state.get(f"{at}{names.first[0]}.weight")
+        if down is not None and down.ndim == 2:
+            return down.shape[1]
+        if up is not None and up.ndim == 2:
+            return up.shape[0] // (2 if names.gated and len(names.first) == 1 else 1)
+    return 0
+
+
+def _check_shown(state: Mapping[str, Tensor], layout: _Layout, depth: int, mlp: int, *, what: str, hint: str) -> None:
+    """Refuse weights that do not show the encoder's sizes, listing every key that is wrong."""
+    patches = state.get(layout.patches)
+    good = patches is not None and patches.ndim == 4 and patches.shape[1] == 3 and patches.shape[2] == patches.shape[3] and patches.numel()
+    if good and depth and mlp:
+        return
+    lines = []
+    if patches is not None and not good:
+        lines.append(f"{layout.patches}: shape {tuple(patches.shape)}, expected (D, 3, patch, patch)")
+    for i in range(depth):
+        for name in (*layout.mlp.first, layout.mlp.last):
+            key = f"{layout.prefix}{layout.layers}{i}.{name}.weight"
+            if key in state and state[key].ndim != 2:
+                lines.append(f"{key}: shape {tuple(state[key].shape)}, expected 2 axes")
+    if not depth:
+        roots = " or ".join(f"{layout.prefix}{root}0. ..." for root in layout.kind.layers)
+        hint = f"The weights hold no layers ({roots})." + f" {hint}" * bool(hint)
+    names = [k for rule in layout.rules(depth or 1) for k in rule.theirs]
+    raise unsized(what, state, names, lines, ignore=layout.ignored(), hint=hint)
 
 
 def _depth(state: Mapping[str, Tensor], root: str) -> int:
@@ -378,7 +478,7 @@ def _input_size(value: int | Sequence[int], patch: int) -> tuple[int, int]:
     return size
 
 
-def _check_grid(table: Tensor | None, layout: _Layout, patch: int, trained_at: int | None) -> None:
+def _check_grid(table: Tensor | None, layout: _Layout, patch: int, trained_at: int | Sequence[int] | None) -> None:
     """Refuse a position table that is no square, or not of the size named."""
     if table is None or table.ndim < 2:
         return  # said when the weights are loaded
@@ -386,25 +486,36 @@ def _check_grid(table: Tensor | None, layout: _Layout, patch: int, trained_at: i
     side = math.isqrt(max(0, n))
     if side * side != n or side == 0:
         raise WeightsError(f"{layout.positions}: shape {tuple(table.shape)} holds {n} positions of patches, which are no square grid.")
-    if trained_at is not None and trained_at // patch != side:
+    if trained_at is None:
+        return
+    height, width = pair(trained_at, "encoder.encoder_trained_at")
+    if (height // patch, width // patch) != (side, side) or height != width:
         shown = f"the weights have a table of {side} x {side} positions, of patches of {patch} pixels."
         raise ConfigError("encoder.encoder_trained_at", trained_at, shown, f"Write {side * patch}, or leave it out.")
 
 
-def _check_numbers(eps: float | None, act: str | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+def _check_numbers(eps: float | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Refuse values that make no sense."""
     problems = Problems()
-    if eps is not None and not eps > 0:
-        problems.add(ConfigError("encoder.layer_norm_eps", eps, "an epsilon is a positive number."))
     with problems.collect():
-        if act is not None:
-            one_of("encoder.act", act, (*_ACTIVATIONS, "silu"))
+        if eps is not None:
+            check_epsilon("encoder.layer_norm_eps", eps)
     for name, values in (("image_mean", mean), ("image_std", std)):
         if values is not None and len(values) != 3:
             problems.add(ConfigError(f"encoder.{name}", values, "images have three channels."))
+        elif values is not None and not all(map(math.isfinite, values)):
+            problems.add(ConfigError(f"encoder.{name}", values, "must be finite numbers."))
     if std is not None and not min(std, default=1) > 0:
         problems.add(ConfigError("encoder.image_std", std, "standard deviations are positive."))
     problems.raise_if_any()
+
+
+def _check_activation(act: str | None, gated: bool) -> None:
+    """Refuse an activation that no such encoder has."""
+    if act == "silu" and not gated:
+        raise ConfigError("encoder.act", act, "only a gated MLP has SiLU, and the weights' is none.", f"Known: {', '.join(_ACTIVATIONS)}.")
+    if act is not None:
+        one_of("encoder.act", act, (*_ACTIVATIONS, "silu"))
 
 
 def _resampled(ours: Any, table: Tensor | None, layout: _Layout) -> dict[str, Tensor]:

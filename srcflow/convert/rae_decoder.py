@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,13 +70,14 @@ def rae_decoder(
         ConfigError: a value contradicts the weights, or is needed and not given.
         WeightsError: lists every missing, unknown and misshaped key.
     """
+    check_tensors("RAE decoder", state_dict)
     state = _decoder_part(state_dict)
     sizes = Sizes("rae_decoder")
     layout: Layout = "diffusers" if any(".attention.to_" in k for k in state) else "official"
     layer = r"decoder_layers\.(\d+)\."
     layers = sizes.take("depth", depth, 1 + max((int(m[1]) for k in state if (m := re.match(layer, k))), default=-1)) or 1
-    query = layer + r"attention\." + ("to_q" if layout == "diffusers" else r"attention\.query")
-    bias = sizes.take("qkv_bias", qkv_bias, any(re.fullmatch(query + r"\.bias", k) for k in state))
+    qkv = layer + r"attention\." + ("to_[qkv]" if layout == "diffusers" else r"attention\.(query|key|value)")
+    bias = sizes.take("qkv_bias", qkv_bias, any(re.fullmatch(qkv + r"\.bias", k) for k in state))  # one of many shows what is lost
     in_file = layout == "official" or TABLE in state
     needed = {"decoder_embed.weight": 2, "decoder_layers.0.intermediate.dense.weight": 2, "decoder_pred.weight": 2}
     _check_needed(state, _decoder_names(layers, bias, layout, in_file), {**needed, **({TABLE: 3} if in_file else {})})
@@ -139,6 +141,41 @@ def to_rae_decoder(decoder: ViTDecoder) -> dict[str, Tensor]:
     return exported(decoder, decoder_rules(decoder))
 
 
+def check_tensors(what: str, state: Any) -> None:
+    """Refuse what is no state dict, e.g. a training checkpoint.
+
+    Raises:
+        WeightsError: names what stands there, and how to come by the state dict.
+    """
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"{what}: a {type(state).__name__} is no state dict. Files are read by srcflow.convert.state.read.")
+    if other := [f"{k} ({type(v).__name__})" for k, v in state.items() if not isinstance(v, Tensor)]:
+        cure = "Of a training checkpoint, srcflow.convert.state.unwrap gives the state dict."
+        raise WeightsError(f"{what}: a state dict holds tensors only; these are none:\n  " + "\n  ".join(other) + f"\n{cure}")
+
+
+def unsized(
+    what: str, state: State, expected: Sequence[str], misshaped: Sequence[str], *, ignore: Sequence[str] = (), hint: str = ""
+) -> WeightsError:
+    """The error of weights without the tensors that show the sizes: every missing and unknown key, and the lines `misshaped`.
+
+    Args:
+        what: what the weights are called.
+        state: the weights.
+        expected: the keys of such a model.
+        misshaped: further lines.
+        ignore: patterns (`fnmatch`) of keys that hold nothing that matters.
+        hint: a sentence at the end.
+    """
+    names = set(expected)
+    lines = [f"missing {k}" for k in expected if k not in state]
+    lines += [
+        f"unknown {k} {tuple(v.shape)}" for k, v in state.items() if k not in names and not any(fnmatch.fnmatch(k, p) for p in ignore)
+    ]
+    lines += misshaped
+    return WeightsError(f"{what}: the weights do not show its sizes:\n  " + "\n  ".join(lines) + f"\n{hint}" * bool(hint))
+
+
 def check_epsilon(key: str, value: float) -> None:
     """Refuse an epsilon that is no positive number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -182,10 +219,8 @@ def _check_needed(state: State, expected: Sequence[str], needed: Mapping[str, in
     """Refuse a state dict that lacks the tensors which show the sizes (name -> number of axes), listing every key that is wrong."""
     if all(k in state and state[k].ndim == axes for k, axes in needed.items()):
         return
-    lines = [f"missing {k}" for k in expected if k not in state]
-    lines += [f"unknown {k} {tuple(v.shape)}" for k, v in state.items() if k not in expected]
-    lines += [f"{k}: shape {tuple(state[k].shape)}, expected {n} axes" for k, n in needed.items() if k in state and state[k].ndim != n]
-    raise WeightsError("RAE decoder: the weights do not show the decoder's sizes:\n  " + "\n  ".join(lines))
+    lines = [f"{k}: shape {tuple(state[k].shape)}, expected {n} axes" for k, n in needed.items() if k in state and state[k].ndim != n]
+    raise unsized("RAE decoder", state, expected, lines)
 
 
 def _patch(sizes: Sizes, given: int | None, channels: int, rows: int) -> int:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from srcflow import artifacts
 from srcflow.convert.encoder import _KINDS, _heads, encoder, to_transformers
+from srcflow.convert.rae import rae
 from srcflow.convert.state import precision
 from srcflow.encoders.base import Encoder
 from srcflow.encoders.dinov2 import DINOv2
@@ -29,6 +30,8 @@ from srcflow.encoders.timm_vit import TimmViT
 from srcflow.errors import ConfigError, ProblemsError, UnknownNameError, WeightsError
 from srcflow.registry import spec_of
 from srcflow.testing import check_encoder
+
+from .vectors import read
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
@@ -232,7 +235,7 @@ def test_a_gated_mlp(version: int) -> None:
 
 def test_without_registers_the_table_is_resampled_without_antialias() -> None:
     w = weights("dinov2", registers=False)
-    ours = converted("dinov2", w, 84)
+    ours = converted("dinov2", w, 84, registers=0)
     assert ours.registers == 0
     right, wrong = (tokens_by_formula("dinov2", w, images(84), size=84, antialias=a) for a in (False, True))
     assert distance(ours(images(84))[0], right) < 2e-5 < 1e-2 < distance(right, wrong)
@@ -269,18 +272,46 @@ def test_what_does_not_change_the_tokens_is_left_out() -> None:
         assert distance(ours(images(size))[0], tokens_by_formula(kind, w, images(size), size=size)) < 2e-5
 
 
-def test_every_other_key_is_refused() -> None:
-    """Every key that the tokens need is missed, a strange key is named wherever it stands, and all in one error."""
-    for kind in CLASSES:
-        state = named(kind, weights(kind, depth=1))
-        shown = (f"{_KINDS[kind].patch}.weight", "embeddings.register_tokens")  # what the kind is recognised by
-        needed = [k for k in state if not k.startswith(("layernorm.", "post_layernorm.", "embeddings.mask_token")) and k not in shown]
-        strange = ["extra", "encoder.extra", f"{needed[-3]}.extra"]
-        for away in (needed[::2], needed[1::2]):
-            with pytest.raises(WeightsError) as e:
-                encoder({**{k: v for k, v in state.items() if k not in away}, **dict.fromkeys(strange, torch.ones(1))}, encoder_heads=4)
-            found = {tuple(line.split()[:2]) for line in str(e.value).splitlines() if line.startswith(("  missing", "  unknown"))}
-            assert found == {("missing", k) for k in away} | {("unknown", k) for k in strange}
+def named_in(error: BaseException) -> set[tuple[str, ...]]:
+    """What an error calls missing or unknown, and the keys."""
+    return {tuple(line.split()[:2]) for line in str(error).splitlines() if line.startswith(("  missing", "  unknown"))}
+
+
+@pytest.mark.parametrize("prefix", ["", "vit.", "encoder.model."])
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_other_key_is_refused(kind: str, version: int, prefix: str) -> None:
+    """Every key that the tokens need is missed, a strange key is named wherever it stands, and all in one error: also of keys that show
+    the kind (the patches' projection, the registers) or sizes (both maps of the MLP)."""
+    state = {prefix + k: v for k, v in named(kind, weights(kind, depth=1), version).items()}
+    needed = [k for k in state if not k.removeprefix(prefix).startswith(("layernorm.", "post_layernorm.", "embeddings.mask_token"))]
+    strange = ["extra", "encoder.extra", f"{needed[-3]}.extra"]
+    for away in (needed[::3], needed[1::3], needed[2::3], [f"{prefix}{_KINDS[kind].patch}.weight"]):
+        with pytest.raises(WeightsError) as e:
+            encoder({**{k: v for k, v in state.items() if k not in away}, **dict.fromkeys(strange, torch.ones(1))}, encoder_heads=4)
+        assert named_in(e.value) == {("missing", k) for k in away} | {("unknown", k) for k in strange}
+
+
+def test_keys_that_show_the_sizes_are_listed_with_the_others() -> None:
+    """Missing or misshaped, beside what is missing and unknown besides."""
+    state = named("siglip2", weights("siglip2"))
+    for name in ("embeddings.patch_embedding.weight", *(f"encoder.layers.{i}.mlp.fc{k}.weight" for i in (0, 1) for k in (1, 2))):
+        state[name] = state[name][0]
+    del state["encoder.layers.1.layer_norm1.bias"]
+    with pytest.raises(WeightsError) as e:
+        encoder({**state, "extra": torch.ones(1)})
+    for line in (
+        "missing encoder.layers.1.layer_norm1.bias",
+        "unknown extra (1,)",
+        "patch_embedding.weight: shape (3, 16, 16), expected (D, 3, patch, patch)",
+        "encoder.layers.1.mlp.fc2.weight: shape (100,), expected 2 axes",
+    ):
+        assert line in str(e.value)
+    without = {k: v for k, v in named("mae", weights("mae")).items() if ".dense.weight" not in k and "projection" not in k}
+    with pytest.raises(WeightsError) as e:
+        encoder({**without, "extra": torch.ones(1)})
+    lost = {k for k in named("mae", weights("mae")) if k not in without}
+    assert named_in(e.value) == {("missing", k) for k in lost} | {("unknown", "extra")}
 
 
 # --- traps: each test fails if the mistake is made ----------------------------------------------------------------------------------
@@ -304,7 +335,7 @@ def test_trap_activation(kind: str) -> None:
     tokens = converted(kind, w, size)(images(size))[0]
     right, wrong = (tokens_by_formula(kind, w, images(size), size=size, gelu=g) for g in (SETTINGS[kind]["gelu"], other))
     assert distance(tokens, right) < 2e-5 < 2e-4 < distance(tokens, wrong)
-    for act in {"none": ("gelu",), "tanh": ("gelu_tanh", "gelu_pytorch_tanh")}[other]:
+    for act in {"none": ("gelu", "gelu (erf)"), "tanh": ("gelu_tanh", "gelu_pytorch_tanh")}[other]:
         assert distance(converted(kind, w, size, act=act)(images(size))[0], wrong) < 2e-5
 
 
@@ -493,6 +524,72 @@ def test_right_values_are_accepted() -> None:
     assert all(torch.equal(v, plain.state_dict()[k]) for k, v in ours.state_dict().items())
 
 
+@pytest.mark.parametrize("version", [4, 5])
+def test_lost_registers_are_missed(version: int) -> None:
+    """They would leave another encoder, with another resampling; only on demand are there none."""
+    state = named("dinov2", weights("dinov2", registers=False), version)
+    for given in (None, 4):
+        with pytest.raises(WeightsError, match=r"(?s)missing embeddings\.register_tokens \(1, 4, 48\).*registers=0"):
+            encoder(state, encoder_heads=4, registers=given)
+    assert encoder(state, encoder_heads=4, registers=0).registers == 0  # type: ignore[attr-defined]
+    whole = named("dinov2", weights("dinov2"), version)
+    assert encoder(whole, encoder_heads=4, registers=4).registers == 4  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"encoder\.registers = 0: the weights have registers"):
+        encoder(whole, encoder_heads=4, registers=0)
+    with pytest.raises(ConfigError, match=r"encoder\.registers = 8.*Known: 0, 4"):
+        encoder(whole, encoder_heads=4, registers=8)
+    other = named("mae", weights("mae"))
+    assert isinstance(encoder(other, encoder_heads=4, registers=0), MAE)
+    with pytest.raises(ConfigError, match=r"encoder\.registers = 4: mae has none"):
+        encoder(other, encoder_heads=4, registers=4)
+
+
+def test_a_plain_mlp_has_no_silu() -> None:
+    for kind in CLASSES:
+        with pytest.raises(ConfigError, match=r"encoder\.act = 'silu': only a gated MLP"):
+            encoder(named(kind, weights(kind)), encoder_heads=4, act="silu")
+    with pytest.raises(ConfigError, match=r"encoder\.act = 'relu'"):
+        encoder(named("dinov2", weights("dinov2", gated=True)), encoder_heads=4, encoder_mlp=100, act="relu")
+
+
+@pytest.mark.parametrize("name", ["rae_dinov2", "rae_siglip2"])
+def test_a_whole_autoencoder_under_its_own_configuration(name: str) -> None:
+    """The encoder of a RAE: its decoder is left out, and what its sidecar says besides changes nothing."""
+    v = read(name)
+    assert {"decoder", "noise_tau", "stat_eps"} <= v.config.keys()
+    ours, whole = encoder(v.state, **v.config), rae(v.state, **v.config).encoder
+    assert {k: t.tolist() for k, t in ours.state_dict().items()} == {k: t.tolist() for k, t in whole.state_dict().items()}
+    x = v.given["image_u8"] / 255
+    assert torch.equal(ours(x)[0], whole(x)[0])
+    with pytest.raises(WeightsError, match=r"unknown x \(1,\)"):
+        encoder({**v.state, "x": torch.ones(1)}, **v.config)
+    with pytest.raises(WeightsError, match=r"(?s)unknown encoder_mean \(3,\).*rae_diffusers"):  # it would be the images' mean
+        encoder({**v.state, "encoder_mean": torch.ones(3)}, **v.config)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("encoder_trained_at", [56, 70]), ("encoder_trained_at", [56]), ("encoder_trained_at", "56"),
+    ("image_mean", 0.5), ("image_std", [1, 1, "1"]),
+    ("image_mean", [0.5, 0.5, math.nan]), ("image_std", [1.0, 1.0, math.inf]), ("layer_norm_eps", math.inf), ("layer_norm_eps", math.nan),
+    ("encoder_heads", 3.5), ("encoder_input_size", [56.5, 56]), ("registers", "none"), ("decoder", 4), ("stat_eps", "1e-5"),
+])  # fmt: skip
+def test_values_that_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"encoder\.{name} = "):
+        encoder(named("dinov2", weights("dinov2", depth=1)), **{"encoder_heads": 4, name: value})
+
+
+def test_other_ways_to_write_a_value() -> None:
+    state = named("dinov2", weights("dinov2", depth=1))
+    plain = encoder(state, encoder_heads=4, encoder_input_size=70, encoder_trained_at=56, image_mean=[0.0, 0.5, 1.0])
+    other: dict[str, Any] = {
+        "encoder_heads": 4.0,
+        "encoder_input_size": [70.0, 70],
+        "encoder_trained_at": [56, 56],
+        "image_mean": (0, 0.5, 1),
+    }
+    assert all(torch.equal(t, plain.state_dict()[k]) for k, t in encoder(state, **other).state_dict().items())
+
+
 def test_unknown_names() -> None:
     state = named("mae", weights("mae"))
     with pytest.raises(UnknownNameError, match=r"encoder_heads"):
@@ -503,8 +600,12 @@ def test_unknown_names() -> None:
 
 def test_other_files_are_refused_with_a_reason() -> None:
     dino, mae = named("dinov2", weights("dinov2")), named("mae", weights("mae"))
-    with pytest.raises(WeightsError, match="no vision encoder"):
+    with pytest.raises(WeightsError, match=r"(?s)no vision encoder.*no keys at all"):
         encoder({})
+    llama = [f"model.layers.{i}.{k}.weight" for i in (0, 1) for k in ("self_attn.q_proj", "self_attn.o_proj", "input_norm", "mlp.up_proj")]
+    with pytest.raises(WeightsError, match="no vision encoder") as all_of_them:
+        encoder({k: torch.ones(2, 3) for k in llama})
+    assert named_in(all_of_them.value) == {("unknown", k) for k in llama}
     with pytest.raises(WeightsError, match=r"timm's.*weights: PATH"):
         encoder({"patch_embed.proj.weight": torch.ones(1)})
     with pytest.raises(WeightsError, match=r"several encoders, at 'a\.', 'b\.'"):
@@ -517,8 +618,12 @@ def test_other_files_are_refused_with_a_reason() -> None:
         encoder({k: v for k, v in dino.items() if ".layer." not in k})
     with pytest.raises(ProblemsError, match="15 positions of patches, which are no square grid"):
         encoder({**dino, "embeddings.position_embeddings": torch.ones(1, 16, 48)}, encoder_heads=4)
-    with pytest.raises(WeightsError, match=r"(?s)unknown decoder\.decoder_pred\.bias.*`rae`"):
-        encoder({**{f"encoder.encoder.{k}": v for k, v in dino.items()}, "decoder.decoder_pred.bias": torch.ones(3)}, encoder_heads=4)
+    with pytest.raises(WeightsError, match=r"unknown decoder\.decoder_pred\.bias \(3,\)"):  # beside a bare encoder
+        encoder({**dino, "decoder.decoder_pred.bias": torch.ones(3)}, encoder_heads=4)
+    with pytest.raises(WeightsError, match=r"(?s)model \(dict\)\n  epoch \(int\).*srcflow\.convert\.state\.unwrap"):
+        encoder({"model": dino, "epoch": 3})  # type: ignore[dict-item]
+    with pytest.raises(WeightsError, match=r"a str is no state dict.*srcflow\.convert\.state\.read"):
+        encoder("model.safetensors")  # type: ignore[arg-type]
     gap = {k.replace(".layer.1.", ".layer.2."): v for k, v in dino.items()}
     with pytest.raises(WeightsError, match=r"missing encoder\.layer\.1\.norm1\.weight"):
         encoder(gap, encoder_heads=4)
@@ -533,7 +638,8 @@ def test_published_ours_published(kind: str, version: int) -> None:
     kind, _, variant = kind.partition(", ")
     w = weights(kind, gated=variant == "gated", registers=variant != "no registers")
     size = 4 * PATCH[kind]
-    ours = converted(kind, w, size, version)
+    none = {"registers": 0} if variant == "no registers" else {}
+    ours = converted(kind, w, size, version, **none)
     back, want = to_transformers(ours), named(kind, w)
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in want.items()}
     folded = {"embeddings.cls_token", "embeddings.position_embeddings"} if kind == "dinov2" and variant != "no registers" else set()
@@ -546,7 +652,7 @@ def test_published_ours_published(kind: str, version: int) -> None:
         assert torch.equal(back["embeddings.cls_token"], want["embeddings.cls_token"] + table[:, :1])
         assert not back["embeddings.position_embeddings"][:, :1].any()
     assert all(v.is_contiguous() for v in back.values())
-    again = encoder(back, encoder_heads=4, encoder_input_size=size)
+    again = encoder(back, encoder_heads=4, encoder_input_size=size, **none)
     assert all(torch.equal(v, ours.state_dict()[k]) for k, v in again.state_dict().items())
     assert torch.equal(again(images(size))[0], ours(images(size))[0])
     back["embeddings.patch_embedding.bias" if kind == "siglip2" else "embeddings.patch_embeddings.projection.bias"].zero_()

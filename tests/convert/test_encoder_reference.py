@@ -93,6 +93,10 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     return {names[k]: v for k, v in config.items() if k in names}
 
 
+def registers(make: Make) -> dict[str, Any]:
+    return {"registers": 0} if make is dinov2_without else {}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_transformers_own(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -102,7 +106,9 @@ def test_tokens_are_transformers_own(case: str, dtype: torch.dtype, tmp_path: Pa
     model.save_pretrained(tmp_path)
     x = images(size, dtype)
     for state in (model.state_dict(), read(tmp_path / "model.safetensors")):
-        ours = encoder(state, encoder_heads=4, encoder_input_size=size, encoder_trained_at=trained_at, **settings(config))
+        ours = encoder(
+            state, encoder_heads=4, encoder_input_size=size, encoder_trained_at=trained_at, **settings(config), **registers(make)
+        )
         tokens, _ = ours(x)
         theirs = their_tokens(model, ours.prepare(x))
         assert tokens.dtype == dtype
@@ -114,7 +120,7 @@ def test_tokens_are_transformers_own(case: str, dtype: torch.dtype, tmp_path: Pa
 def test_exported_weights_give_the_same_tokens(case: str, tmp_path: Path) -> None:
     make, config, trained_at, size = CASES[case]
     source = randomised(make(trained_at, **config))
-    ours: Any = encoder(source.state_dict(), encoder_heads=4, encoder_input_size=size, **settings(config))
+    ours: Any = encoder(source.state_dict(), encoder_heads=4, encoder_input_size=size, **settings(config), **registers(make))
     fresh = make(size, **{**config, **({"vision_use_head": False} if make is siglip else {})})
     fresh.save_pretrained(tmp_path)
     saved = {k: v.shape for k, v in load_file(tmp_path / "model.safetensors").items()}
