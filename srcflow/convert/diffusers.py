@@ -21,7 +21,16 @@ from torch.nn import functional as F
 
 from srcflow.autoencoders.representation import RepresentationAutoencoder
 from srcflow.autoencoders.vit_decoder import sincos_table
-from srcflow.convert.rae import as_maps, assemble, by_position, check_fitted, positions_in, published_encoder, with_positions
+from srcflow.convert.rae import (
+    as_maps,
+    assemble,
+    by_position,
+    check_fitted,
+    checked_numbers,
+    positions_in,
+    published_encoder,
+    with_positions,
+)
 from srcflow.convert.rae_decoder import BUFFERS, decoder_rules
 from srcflow.convert.state import exported, read
 from srcflow.encoders.dinov2 import DINOv2
@@ -115,13 +124,9 @@ def rae_diffusers(folder: str | os.PathLike[str]) -> RepresentationAutoencoder:
     autoencoder = assemble(state, encoder, decoder, EPS / factor, "std", beside=BUFFERS)
     statistics = {}
     for name, default in (("mean", 0.0), ("std", 1.0)):
-        value = state.get(f"_latents_{name}")
-        if value is None:
-            given = config[f"latents_{name}"]
-            value = torch.tensor(default if given is None else given)
-        statistics[name] = _by_position(value, autoencoder, f"latents_{name}", config["reshape_to_2d"])
-    if bool((statistics["std"] < 0).any()):
-        raise ConfigError("latents_std", float(statistics["std"].min()), "a standard deviation is not negative.")
+        value: Any = state.get(f"_latents_{name}", config[f"latents_{name}"])
+        value = default if value is None else value
+        statistics[name] = _by_position(value, autoencoder, f"latents_{name}", config["reshape_to_2d"], positive=name == "std")
     # the root of a rounded square is the number again, so the divisor is diffusers' own
     autoencoder.set_statistics(statistics["mean"], (statistics["std"].to(autoencoder.var.dtype) / factor).square())
     return autoencoder
@@ -214,7 +219,7 @@ def _config(root: Path) -> dict[str, Any]:
         raise ArtifactError(f"{file} cannot be read: {e}.") from e
     if not isinstance(found, Mapping) or found.get("_class_name") != CLASS:
         name = found.get("_class_name") if isinstance(found, Mapping) else None
-        raise ArtifactError(f"{file}: describes {name or 'no model of diffusers'}, not an {CLASS}.")
+        raise ArtifactError(f"{file}: describes {name}, not an {CLASS}." if name else f"{file}: has no _class_name; expected {CLASS}.")
     problems = Problems()
     config = {**FIELDS, **{k: v for k, v in found.items() if not k.startswith("_")}}
     for name in config.keys() - FIELDS.keys():
@@ -249,13 +254,13 @@ def _weights(root: Path) -> Path:
     return found
 
 
-def _by_position(value: Tensor, autoencoder: RepresentationAutoencoder, name: str, maps: bool) -> Tensor:
-    """Statistics (N, D) of what broadcasts to (B, C, H, W), or to (B, N, C) where latents are no maps."""
+def _by_position(value: Any, autoencoder: RepresentationAutoencoder, name: str, maps: bool, *, positive: bool) -> Tensor:
+    """Statistics (N, D) of what broadcasts to (B, C, H, W), or to (B, N, C) where latents are no maps; not negative if `positive`."""
     if maps:
-        return by_position(value, autoencoder, name)
-    shape = autoencoder.mean.shape
+        return by_position(value, autoencoder, name, positive=positive)
+    value, shape = checked_numbers(value, autoencoder.var.dtype, name, positive=positive), autoencoder.mean.shape
     try:
-        return value.broadcast_to(1, *shape)[0]
+        return value.broadcast_to(1, *shape)[0]  # type: ignore[no-any-return]  # torch is untyped here
     except RuntimeError as e:
         raise ShapeError(f"{name} of shape {tuple(value.shape)} does not broadcast to (B, {shape[0]}, {shape[1]}).") from e
 

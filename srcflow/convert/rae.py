@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +14,10 @@ from srcflow.autoencoders.representation import RepresentationAutoencoder
 from srcflow.convert.config import known
 from srcflow.convert.encoder import encoder as convert_encoder
 from srcflow.convert.encoder import to_transformers
-from srcflow.convert.rae_decoder import BUFFERS, State, check_epsilon, rae_decoder, to_rae_decoder
+from srcflow.convert.rae_decoder import BUFFERS, State, check_epsilon, check_tensors, rae_decoder, to_rae_decoder
 from srcflow.convert.state import precision
 from srcflow.encoders.dinov2 import DINOv2
-from srcflow.errors import ConfigError, Problems, ShapeError, WeightsError
+from srcflow.errors import ConfigError, Problems, ProblemsError, ShapeError, UnknownNameError, WeightsError
 from srcflow.statistics import EpsConvention
 from srcflow.types import Grid
 
@@ -34,7 +36,7 @@ def rae(
     encoder_mlp: int | None = None,
     encoder_input_size: int | Sequence[int] | None = None,
     encoder_patch: int | None = None,
-    encoder_trained_at: int | None = None,
+    encoder_trained_at: int | Sequence[int] | None = None,
     layer_norm_eps: float | None = None,
     act: str | None = None,
     image_mean: Sequence[float] | None = None,
@@ -45,10 +47,12 @@ def rae(
 ) -> RepresentationAutoencoder:
     """A whole RAE from the state dict of its published code: `encoder.*` (transformers' names) and `decoder.*`.
 
+    A DINOv2 has its four registers there; one without is refused.
+
     Args:
         state_dict: the published weights.
-        statistics: {"mean", "var"}, what `stat.pt` holds: anything that broadcasts to (B, C, H, W). None: no normalisation, as in the
-            published code without that file.
+        statistics: {"mean", "var"}, what `stat.pt` holds: anything that broadcasts to (B, C, H, W). Without "mean" (some files have none)
+            it is 0, as in the published code. None: no normalisation, as in the published code without that file.
         encoder: "dinov2", "siglip2" or "mae"; this and the next as `encoder` takes them.
         encoder_dim: width of its tokens.
         encoder_depth: its layers.
@@ -69,12 +73,18 @@ def rae(
         The autoencoder in eval mode, on the CPU.
 
     Raises:
-        ConfigError: a value contradicts the weights, or is needed and not given (several problems: ProblemsError).
+        ConfigError: a value contradicts the weights, or is needed and not given, or the statistics hold negative variances or numbers that
+            are not finite (several problems: ProblemsError).
         WeightsError: lists every missing, unknown and misshaped key.
         ShapeError: the statistics do not broadcast.
+
+    Warns:
+        UserWarning: the statistics have no mean.
     """
     del noise_tau
     check_epsilon("rae.stat_eps", stat_eps)
+    check_tensors("RAE", state_dict)
+    moments = None if statistics is None else _moments(statistics)
     encoder_config = {
         "encoder": encoder,
         "encoder_dim": encoder_dim,
@@ -91,12 +101,10 @@ def rae(
     }
     hint = "A folder of diffusers' AutoencoderRAE is read by rae_diffusers." if any(k in state_dict for k in BUFFERS) else ""
     autoencoder = assemble(state_dict, encoder_config, decoder or {}, stat_eps, "variance", hint=hint)
-    if statistics is None:
+    if moments is None:
         autoencoder.set_statistics(torch.zeros(()), torch.tensor(1 - stat_eps, dtype=torch.float64))  # divides by exactly 1
         return autoencoder
-    if set(statistics) != {"mean", "var"}:
-        raise ConfigError("statistics", sorted(statistics), "latent statistics have a mean and a var.", "Give exactly these two, or none.")
-    autoencoder.set_statistics(*(by_position(statistics[k], autoencoder, f"statistics.{k}") for k in ("mean", "var")))
+    autoencoder.set_statistics(*(by_position(moments[k], autoencoder, f"statistics.{k}", positive=k == "var") for k in ("mean", "var")))
     return autoencoder
 
 
@@ -116,6 +124,9 @@ def to_rae(autoencoder: RepresentationAutoencoder) -> tuple[dict[str, Tensor], d
     """
     check_fitted(autoencoder)
     problems, state = Problems(), dict[str, Tensor]()
+    registers = getattr(autoencoder.encoder, "registers", 4)
+    if registers != 4:
+        problems.add(ConfigError("encoder.registers", registers, "RAE's DINOv2 always has 4."))
     with problems.collect():
         inner = "encoder" if isinstance(autoencoder.encoder, DINOv2) else "model"
         state.update({f"encoder.{inner}.{k}": v for k, v in published_encoder(autoencoder).items()})
@@ -167,7 +178,7 @@ def assemble(
         )
     of_encoder = {k: v for k, v in state.items() if k.startswith("encoder.")}
     decoder = encoder = None
-    with problems.collect():
+    with problems.collect(), _of_decoder():
         decoder = rae_decoder({k: v for k, v in state.items() if k.startswith("decoder.")}, **decoder_config)
     given = dict(encoder_config)
     patch = given.get("encoder_patch") or next((int(v.shape[-1]) for v in of_encoder.values() if v.ndim == 4), None)
@@ -191,17 +202,72 @@ def assemble(
     return autoencoder.to(precision(state)).eval()
 
 
-def by_position(value: Any, autoencoder: RepresentationAutoencoder, name: str) -> Tensor:
-    """Statistics (N, D) of what broadcasts to (B, C, H, W).
+@contextmanager
+def _of_decoder() -> Iterator[None]:
+    """Name the decoder's settings in errors as they are named in the whole autoencoder's configuration: decoder.heads, and so on."""
+    try:
+        yield
+    except (ConfigError, ProblemsError) as e:
+        problems = Problems()
+        for problem in e.problems if isinstance(e, ProblemsError) else [e]:
+            if isinstance(problem, UnknownNameError):
+                problem = UnknownNameError("decoder", problem.value, problem.known, paths=False)
+            elif isinstance(problem, ConfigError):
+                key = "decoder." + problem.key.removeprefix("rae_decoder.")
+                cure = 'Write decoder={"heads": ...}.' if (key, problem.value) == ("decoder.heads", None) else problem.cure
+                problem = ConfigError(key, problem.value, problem.problem, cure)
+            problems.found.append(problem)
+        problems.raise_if_any()
+
+
+def _moments(statistics: Any) -> dict[str, Any]:
+    """Mean and variance; the mean is 0 where there is none."""
+    if not isinstance(statistics, Mapping):
+        cure = 'Give {"mean": ..., "var": ...}, or nothing.'
+        raise ConfigError("statistics", type(statistics).__name__, "latent statistics are a mapping.", cure)
+    found = {k: v for k, v in statistics.items() if v is not None}
+    if not {"var"} <= set(found) <= {"mean", "var"}:
+        raise ConfigError("statistics", sorted(map(str, found)), "latent statistics have a mean and a var.", "Give these two, or none.")
+    if "mean" not in found:
+        warnings.warn("the latent statistics have no mean: it is taken to be 0, as in the published code.", UserWarning, stacklevel=4)
+    return {"mean": torch.zeros(()), **found}
+
+
+def by_position(value: Any, autoencoder: RepresentationAutoencoder, name: str, *, positive: bool = False) -> Tensor:
+    """Statistics (N, D) of what broadcasts to (B, C, H, W), in the autoencoder's precision.
+
+    Args:
+        value: a tensor, or numbers in (nested) lists.
+        autoencoder: whose latents they are of.
+        name: what they are called in errors.
+        positive: whether they must not be negative.
 
     Raises:
-        ShapeError: it does not; `name` says what it is.
+        ShapeError: it does not broadcast.
+        ConfigError: it holds no numbers, or numbers that are not finite, or negative.
     """
-    tensor, (rows, columns) = torch.as_tensor(value), autoencoder.grid
+    tensor, (rows, columns) = checked_numbers(value, autoencoder.var.dtype, name, positive=positive), autoencoder.grid
     try:
         return tensor.broadcast_to(1, autoencoder.dim, rows, columns)[0].flatten(1).t()
     except RuntimeError as e:
         raise ShapeError(f"{name} of shape {tuple(tensor.shape)} does not broadcast to (B, {autoencoder.dim}, {rows}, {columns}).") from e
+
+
+def checked_numbers(value: Any, dtype: torch.dtype, name: str, *, positive: bool = False) -> Tensor:
+    """`value` as a tensor of finite, and if `positive` not negative, numbers; see `by_position`."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ConfigError(name, value, f"is no array of numbers: {e}.") from e
+    tensor = tensor.detach().to(tensor.dtype if tensor.dtype == torch.float64 else dtype)
+    bad = ~torch.isfinite(tensor.to(dtype))
+    cure = "The file is damaged, or of something else."
+    if bool(bad.any()):
+        raise ConfigError(name, float(tensor[bad][0]), f"{int(bad.sum())} of {tensor.numel()} numbers are not finite.", cure)
+    if positive and bool((tensor < 0).any()):
+        why = f"{int((tensor < 0).sum())} of {tensor.numel()} numbers are negative; this is the least."
+        raise ConfigError(name, float(tensor.min()), why, cure)
+    return tensor
 
 
 def as_maps(x: Tensor, grid: Grid) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -420,12 +421,12 @@ def test_a_folder_of_something_else_is_left_alone(made: Callable[..., Folder], t
     [
         ("encoder_hidden_size", 128, "encoder_dim = 128"),
         ("encoder_num_hidden_layers", 3, "encoder_depth = 3"),
-        ("decoder_hidden_size", 32, r"rae_decoder\.dim = 32"),
-        ("decoder_num_hidden_layers", 1, r"rae_decoder\.depth = 1"),
-        ("decoder_num_attention_heads", 3, r"rae_decoder\.heads = 3"),
-        ("decoder_intermediate_size", 48, r"rae_decoder\.mlp = 48"),
-        ("patch_size", 4, r"rae_decoder\.patch = 4"),
-        ("num_channels", 1, r"rae_decoder\.channels = 1"),
+        ("decoder_hidden_size", 32, r"decoder\.dim = 32"),
+        ("decoder_num_hidden_layers", 1, r"decoder\.depth = 1"),
+        ("decoder_num_attention_heads", 3, r"decoder\.heads = 3"),
+        ("decoder_intermediate_size", 48, r"decoder\.mlp = 48"),
+        ("patch_size", 4, r"decoder\.patch = 4"),
+        ("num_channels", 1, r"decoder\.channels = 1"),
         ("encoder_type", "siglip2", "siglip2"),
         ("encoder_type", "clip", "Known: dinov2, mae, siglip2"),
         ("encoder_input_size", 57, "no multiple of encoder_patch_size = 14"),
@@ -434,6 +435,7 @@ def test_a_folder_of_something_else_is_left_alone(made: Callable[..., Folder], t
         ("scaling_factor", 0, "scaling_factor = 0"),
         ("latents_shift", 1, "no such name"),
         ("_class_name", "AutoencoderKL", "AutoencoderKL, not an AutoencoderRAE"),
+        ("_class_name", None, r"config\.json: has no _class_name; expected AutoencoderRAE"),
     ],
 )
 def test_configurations_that_are_refused(made: Callable[..., Folder], field: str, value: Any, message: str) -> None:
@@ -460,11 +462,30 @@ def test_several_wrong_fields_and_keys_at_once(made: Callable[..., Folder]) -> N
         assert part in str(e.value)
 
 
+def test_lost_registers_are_missed(made: Callable[..., Folder]) -> None:
+    folder = made()
+    del folder.state["encoder.embeddings.register_tokens"]
+    folder.write()
+    with pytest.raises(WeightsError, match=r"missing encoder\.embeddings\.register_tokens \(1, 4, 64\)"):
+        rae_diffusers(folder.path)
+
+
 def test_negative_deviations_and_missing_files(made: Callable[..., Folder], tmp_path: Path) -> None:
     folder = made()
     folder.state["_latents_std"] = -folder.std
     folder.write()
     with pytest.raises(ConfigError, match="latents_std"):
+        rae_diffusers(folder.path)
+    for maps in (True, False):  # also those of the configuration
+        folder.config |= {"reshape_to_2d": maps, "latents_std": [0.5, math.inf], "latents_mean": None}
+        folder.state.pop("_latents_std", None)
+        folder.state["_latents_mean"] = torch.zeros(())
+        folder.write()
+        with pytest.raises(ConfigError, match=r"latents_std = inf: 1 of 2 numbers are not finite"):
+            rae_diffusers(folder.path)
+    folder.config["latents_std"] = [[1.0], [1.0, 2.0]]
+    folder.write()
+    with pytest.raises(ConfigError, match=r"latents_std = .*is no array of numbers"):
         rae_diffusers(folder.path)
     (folder.path / WEIGHTS).unlink()
     with pytest.raises(ArtifactError, match="holds no weights"):

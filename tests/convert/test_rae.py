@@ -17,6 +17,7 @@ from srcflow.autoencoders.vit_decoder import ViTDecoder, sincos_table, vit_xl
 from srcflow.convert.encoder import encoder
 from srcflow.convert.rae import rae, to_rae
 from srcflow.convert.rae_decoder import rae_decoder, to_rae_decoder
+from srcflow.convert.state import unwrap
 from srcflow.encoders.dinov2 import DINOv2
 from srcflow.encoders.efficientnet_lite import EfficientNetLite
 from srcflow.errors import ConfigError, ProblemsError, ShapeError, SrcflowError, UnknownNameError, WeightsError
@@ -140,6 +141,12 @@ def test_epsilon_and_missing_biases_take_effect() -> None:
     assert torch.equal(decoder(x), source(x))
     assert not torch.allclose(rae_decoder(state, heads=2)(x), source(x), atol=1e-3)
     assert same(to_rae_decoder(decoder), state)
+    lost = to_rae_decoder(small())
+    for part in ("query", "key", "value"):  # one of three
+        name = f"attention.attention.{part}.bias"
+        with pytest.raises(WeightsError, match=rf"missing decoder_layers\.1\.{name}") as e:
+            rae_decoder({k: v for k, v in lost.items() if not k.endswith(name)}, heads=2)
+        assert "unknown" not in str(e.value)
     with pytest.raises(ConfigError, match="qkv_bias = True"):
         rae_decoder(state, heads=2, qkv_bias=True)
     with pytest.raises(ConfigError, match="qkv_bias = False"):
@@ -367,13 +374,92 @@ def test_refusals_of_a_whole_autoencoder() -> None:
         rae(v.state, stats, **{**v.config, "stat_eps": "1e-5"})
     with pytest.raises(ConfigError, match=r"rae\.decoder"):
         rae(v.state, stats, **{**v.config, "decoder": 4})
-    with pytest.raises(UnknownNameError, match="widht"):
+    with pytest.raises(ConfigError, match=r"^statistics = 'Tensor': latent statistics are a mapping"):
+        rae(v.state, stats["mean"], **v.config)  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError, match=r"decoder = 'widht'"):
         rae(v.state, stats, **{**v.config, "decoder": {"widht": 48}})
     with pytest.raises(UnknownNameError, match="encoder_width"):
         rae(v.state, stats, encoder_width=48)  # type: ignore[call-arg]
     with pytest.raises(ProblemsError) as several:
         rae(v.state, stats, **{**v.config, "encoder_dim": 47, "decoder": {**v.config["decoder"], "depth": 2}})
-    assert {"rae_decoder.depth", "encoder.encoder_dim"} <= {p.key for p in several.value.problems}  # type: ignore[attr-defined]
+    assert {"decoder.depth", "encoder.encoder_dim"} <= {p.key for p in several.value.problems}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf")])
+def test_statistics_that_would_give_no_latents(value: float) -> None:
+    v = read("rae_siglip2")
+    for name in ("mean", "var"):
+        stats = {k: t.clone() for k, t in statistics(v).items()}
+        stats[name][3, 2, 1] = value
+        if value < 0 and name == "mean":
+            rae(v.state, stats, **v.config)
+            continue
+        what = "1 of 12288 numbers are " + ("negative" if value < 0 else "not finite")
+        with pytest.raises(ConfigError, match=rf"statistics\.{name} = .*: {what}"):
+            rae(v.state, stats, **v.config)
+    with pytest.raises(ConfigError, match=r"statistics\.var = 'x': is no array"):
+        rae(v.state, {**statistics(v), "var": "x"}, **v.config)  # type: ignore[dict-item]
+
+
+def test_without_a_mean_it_is_zero() -> None:
+    """Some published stat.pt have none."""
+    v = read("rae_siglip2")
+    var = v.given["stat_var"]
+    absent: dict[str, Any]
+    for absent in ({}, {"mean": None}):
+        with pytest.warns(UserWarning, match="no mean: it is taken to be 0") as found:
+            autoencoder = rae(v.state, {"var": var, **absent}, **v.config)
+        assert found[0].filename == __file__
+        assert not autoencoder.mean.any()
+        assert torch.equal(autoencoder.var, rae(v.state, statistics(v), **v.config).var)
+
+
+def test_a_setting_is_named_as_the_whole_autoencoder_has_it() -> None:
+    v = read("rae_siglip2")
+    with pytest.raises(ConfigError, match=r'^decoder\.heads = None: .*decoder=\{"heads": \.\.\.\}'):
+        rae(v.state, encoder_heads=4)
+    with pytest.raises(ConfigError, match=r"^decoder\.heads = '4': must be a whole number"):
+        rae(v.state, encoder_heads=4, decoder={"heads": "4"})
+    with pytest.raises(ProblemsError) as several:
+        rae(v.state, encoder_heads=4, decoder={"dim": 1, "mlp": 2})
+    assert [p.key for p in several.value.problems] == ["decoder.dim", "decoder.mlp", "decoder.heads"]  # type: ignore[attr-defined]
+
+
+def test_numbers_of_another_type() -> None:
+    v = read("rae_siglip2")
+    config = {**v.config, "decoder": {**v.config["decoder"], "grid": 16.0, "heads": 4.0}}
+    assert same(dict(rae(v.state, **config).state_dict()), dict(rae(v.state, **v.config).state_dict()))
+    with pytest.raises(ConfigError, match=r"decoder\.grid = 16\.5"):
+        rae(v.state, **{**config, "decoder": {"heads": 4, "grid": 16.5}})
+
+
+def test_lost_registers_are_missed_and_none_go_out() -> None:
+    """RAE's DINOv2 has four: without them the position table would be resampled in another way."""
+    v = read("rae_dinov2")
+    with pytest.raises(WeightsError, match=r"missing encoder\.encoder\.embeddings\.register_tokens \(1, 4, 48\)"):
+        rae({k: t for k, t in v.state.items() if "register" not in k}, **v.config)
+    sizes = {"embed_dim": 48, "depth": 1, "num_heads": 4}
+    own = RepresentationAutoencoder(DINOv2(image_size=56, weights=None, timm_args=sizes, registers=0), small(latent_dim=48))
+    own.set_statistics(torch.zeros(()), torch.ones(()))
+    with pytest.raises(ConfigError, match=r"encoder\.registers = 0"):
+        to_rae(own)
+
+
+def test_checkpoints_and_foreign_encoders() -> None:
+    v = read("rae_siglip2")
+    for convert in (rae, rae_decoder):
+        with pytest.raises(WeightsError, match=r"(?s)model \(dict\)\n  epoch \(int\).*srcflow\.convert\.state\.unwrap"):
+            convert({"model": v.state, "epoch": 1})  # type: ignore[dict-item]
+    assert same(
+        dict(rae(unwrap({"model": v.state, "epoch": 1}, what="x"), **v.config).state_dict()), dict(rae(v.state, **v.config).state_dict())
+    )
+    foreign = {f"encoder.blocks.{i}.attn.qkv.weight": torch.zeros(3, 1) for i in range(5)}
+    decoder = {k: t for k, t in v.state.items() if k.startswith("decoder.")}
+    with pytest.raises(WeightsError) as e:
+        rae({**decoder, **foreign}, **v.config)
+    assert all(f"unknown {k} (3, 1)" in str(e.value) for k in foreign)
+    with pytest.raises(WeightsError, match="no keys at all"):
+        rae(decoder, **v.config)
 
 
 def test_wrong_keys_of_all_parts_are_in_one_error() -> None:
