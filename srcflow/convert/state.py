@@ -184,6 +184,7 @@ def unwrap(content: Any, *, what: str) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         found = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise ArtifactError(f"{what} holds no state dict; found {found}.")
+    content = {k: v for k, v in content.items() if v is not None}
     if other := {k: v for k, v in content.items() if not isinstance(v, Tensor)}:
         raise ArtifactError(f"{what}: {_listed(sorted(map(str, other)))} are no tensors; is it a training checkpoint of another kind?")
     state = {str(k): v for k, v in content.items()}

@@ -15,7 +15,8 @@ from srcflow import Pipeline, artifacts, convert, presets
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.cli import main
 from srcflow.cli.convert import values_of
-from srcflow.convert.files import starflow_arguments
+from srcflow.convert.files import read_statistics, starflow_arguments
+from srcflow.errors import ArtifactError
 from srcflow.flows.flow import Flow
 from srcflow.testing import perturb
 from srcflow.types import Condition
@@ -213,3 +214,11 @@ def test_what_a_release_configuration_leaves_out_is_what_its_script_takes() -> N
     assert starflow_arguments({"img_size": 32})["patch_size"] == 4
     config = starflow_arguments({"img_size": 256, "vae": "x", "layers_per_block": "2 2 24", "blocks": 6, "noise_type": "gaussian"})
     assert (config["num_blocks"], config["layers_per_block"], config["img_size"]) == (3, [2, 2, 24], 32)
+
+
+def test_statistics_may_lack_a_mean(tmp_path: Path) -> None:
+    torch.save({"mean": None, "var": torch.ones(3)}, tmp_path / "stat.pt")
+    assert read_statistics(tmp_path / "stat.pt").keys() == {"var"}
+    torch.save({"mean": torch.ones(3)}, tmp_path / "stat.pt")
+    with pytest.raises(ArtifactError, match="mean and var"):
+        read_statistics(tmp_path / "stat.pt")
