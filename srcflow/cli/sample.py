@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,9 +91,16 @@ def run(config: Namespace) -> int:
         check_denoising(pipeline.compressor, pipeline.flow, config.denoise, config.denoiser)
     labels = wanted_labels(config, 0 if pipeline.flow is None else pipeline.flow.num_classes)
     n = config.n if labels is None else len(labels)
-    batches = drawn(pipeline, n, labels, config, device)
+    broken: list[int] = []
+    batches = drawn(pipeline, n, labels, config, device, broken)
     WRITERS[form](out, batches, n, labels, columns(config, n))
     print(f"Wrote {n} images to {out}.")
+    if broken:
+        which = ", ".join(map(str, broken[:8])) + (", ..." if len(broken) > 8 else "")
+        cure = "Lower the guidance, or draw with another --seed."
+        print(
+            f"warning: {len(broken)} of {n} images ({which}) ran away to numbers that are not finite and are black. {cure}", file=sys.stderr
+        )
     return 0
 
 
@@ -131,8 +139,8 @@ def columns(config: Namespace, n: int) -> int:
     return int(config.per_class) if config.classes is not None else math.ceil(math.sqrt(n))
 
 
-def drawn(pipeline: Pipeline, n: int, labels: Labels | None, config: Namespace, device: Any) -> Batches:
-    """Batches of images as (index of the first, uint8 (b, H, W, 3)), in order."""
+def drawn(pipeline: Pipeline, n: int, labels: Labels | None, config: Namespace, device: Any, broken: list[int]) -> Batches:
+    """Batches of images as (index of the first, uint8 (b, H, W, 3)), in order; the indices of those that are not finite go to `broken`."""
     import torch
 
     from srcflow.types import Condition
@@ -153,7 +161,9 @@ def drawn(pipeline: Pipeline, n: int, labels: Labels | None, config: Namespace, 
                     denoise=config.denoise,
                     denoiser=config.denoiser,
                 )
-            yield start, to_uint8(images)
+            finite = images.isfinite().flatten(1).all(1)
+            broken += [start + i for i in (~finite).nonzero().flatten().tolist()]
+            yield start, to_uint8(torch.where(finite[:, None, None, None], images, 0.0))
             bar.update(stop - start)
 
 

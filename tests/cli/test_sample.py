@@ -216,3 +216,21 @@ def test_rounding_to_levels() -> None:
     values = torch.tensor([-0.5, 0.0, 0.0019, 0.002, 0.5, 0.998, 0.999, 1.0, 1.5])
     expected = [0, 0, 0, 1, 128, 254, 255, 255, 255]
     assert to_uint8(values.reshape(1, 1, 1, -1)).ravel().tolist() == expected
+
+
+def test_images_that_are_not_finite_are_counted_and_black(
+    pipeline: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    healthy = pipeline.sample
+
+    def sick(*args: Any, indices: Tensor, **kwargs: Any) -> Tensor:
+        images = healthy(*args, indices=indices, **kwargs)
+        images[indices == 3, 1, 0, 0] = float("nan")
+        return images
+
+    monkeypatch.setattr(pipeline, "sample", sick)
+    main(["sample", "--pipeline", "x", "--n", "5", "--batch_size", "2", "--out", str(tmp_path / "s.npz"), "--device", "cpu"])
+    assert "1 of 5 images (3) ran away" in capsys.readouterr().err
+    images = np.load(tmp_path / "s.npz")["arr_0"]
+    assert not images[3].any()
+    assert images[[0, 1, 2, 4]].reshape(4, -1).any(1).all()
