@@ -140,6 +140,8 @@ class Flow(nn.Module, metaclass=Recorded):
         """Make room for the null text that a state dict holds; called before it is loaded."""
         for name in ("null_text", "null_mask"):
             setattr(self, name, torch.empty_like(state[name], device=self.prior_std.device) if name in state else None)
+        if "prior_var" not in state:  # written before the flow kept it
+            self.prior_var = None
 
     def resolve(self, condition: Condition | None, batch: int) -> Condition | None:
         """The condition with every null filled in, for `batch` rows; None for an unconditional flow.
@@ -330,9 +332,9 @@ class Flow(nn.Module, metaclass=Recorded):
         Raises:
             ConfigError: the flow does not learn its prior.
         """
-        if self.prior_var is None:
+        if not self.learn_prior:
             raise ConfigError("flow.learn_prior", self.learn_prior, "this flow's prior is standard normal.", "Set learn_prior: true.")
-        self.prior_var.copy_(variance)
+        self.prior_var = variance.detach().clone().to(self.prior_std)
         self.prior_std.copy_(variance.sqrt())
 
     def set_checkpointing(self, every: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from srcflow import artifacts
@@ -563,3 +564,19 @@ def test_compiled_layers_give_the_same_and_sample_without_compiling_anew() -> No
     torch.testing.assert_close(compiled.z, plain.z, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(compiled.logdet, plain.logdet, atol=1e-4, rtol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_learned_prior_written_without_its_variance_is_read(tmp_path: Path) -> None:
+    flow = perturb(FLOWS["tarflow-volume-preserving"]())
+    flow.set_prior(torch.full_like(flow.prior_std, 3.0))
+    place = artifacts.save(tmp_path / "flow", flow)
+    state = artifacts.read_tensors(place / artifacts.MODEL)
+    del state["prior_var"]
+    save_file(state, str(place / artifacts.MODEL))
+    again = artifacts.load(place, Flow)
+    assert torch.equal(again.prior_std, flow.prior_std)
+    assert again.prior_var is None
+    again.update_prior(torch.zeros(2, *again.prior_std.shape))
+    torch.testing.assert_close(again.prior_variance, torch.full_like(again.prior_std, 2.7))
+    with pytest.raises(ConfigError, match="learn_prior"):
+        FLOWS["tarflow"]().set_prior(again.prior_std)
