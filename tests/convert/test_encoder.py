@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from srcflow import artifacts
-from srcflow.convert.encoder import _KINDS, _heads, encoder, to_transformers
+from srcflow.convert.encoder import _heads, encoder, to_transformers
+from srcflow.convert.encoder_keys import KINDS
 from srcflow.convert.rae import rae
 from srcflow.convert.state import precision
 from srcflow.encoders.base import Encoder
@@ -286,7 +287,7 @@ def test_every_other_key_is_refused(kind: str, version: int, prefix: str) -> Non
     state = {prefix + k: v for k, v in named(kind, weights(kind, depth=1), version).items()}
     needed = [k for k in state if not k.removeprefix(prefix).startswith(("layernorm.", "post_layernorm.", "embeddings.mask_token"))]
     strange = ["extra", "encoder.extra", f"{needed[-3]}.extra"]
-    for away in (needed[::3], needed[1::3], needed[2::3], [f"{prefix}{_KINDS[kind].patch}.weight"]):
+    for away in (needed[::3], needed[1::3], needed[2::3], [f"{prefix}{KINDS[kind].patch}.weight"]):
         with pytest.raises(WeightsError) as e:
             encoder({**{k: v for k, v in state.items() if k not in away}, **dict.fromkeys(strange, torch.ones(1))}, encoder_heads=4)
         assert named_in(e.value) == {("missing", k) for k in away} | {("unknown", k) for k in strange}
@@ -383,7 +384,7 @@ def test_trap_heads_of_published_models() -> None:
     """Where width / 64 would be wrong (so400m, giantopt, huge), the sizes tell the model; our table of them is timm's."""
     assert _heads(None, 1152, 16) == 16
     for kind, cls in CLASSES.items():
-        for size, (patch, *rest) in _KINDS[kind].sizes.items():
+        for size, (patch, *rest) in KINDS[kind].sizes.items():
             with torch.device("meta"):
                 ours = cls(size, 16 * patch, None, timm_args={"weight_init": "skip"})
             block = ours.model.blocks[0]
