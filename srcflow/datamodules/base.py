@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import lightning as L
@@ -26,6 +26,59 @@ class Source(Protocol):
 
     def key(self, index: int) -> str:
         """A sample's name."""
+
+
+class TrainingLoader(DataLoader[Batch]):
+    """Endless epochs of complete batches, of which each `iter` yields what is left of the present one.
+
+    The position moves on with every batch that is handed out, and into the next epoch with the last one (Lightning asks for no more then).
+    `state_dict` holds it, so that a run that goes on from a checkpoint gets the very next batch: what was seen is neither read nor decoded.
+    It is the same on every rank, and it counts samples, not batches, so that it also means something to another number of ranks.
+
+    Args:
+        dataset: map-style, asked by `Draw`s.
+        sampler: the rank's share; it holds the position.
+        batch_size: per rank.
+        num_workers: loader processes.
+        persistent_workers: keep them from epoch to epoch.
+    """
+
+    sampler: KeyedSampler
+    batch_size: int
+
+    def __init__(
+        self, dataset: Dataset[Any], sampler: KeyedSampler, *, batch_size: int, num_workers: int = 0, persistent_workers: bool = False
+    ) -> None:
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=as_batch,
+            drop_last=True,
+            num_workers=num_workers,
+            persistent_workers=persistent_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator: it starts at the first batch, when the epoch is known
+        sampler, size = self.sampler, self.batch_size
+        epoch, start = sampler.epoch, sampler.start
+        last = (len(sampler) - start) // size - 1
+        for i, batch in enumerate(super().__iter__()):
+            if i == last:
+                sampler.set_epoch(epoch + 1)
+            else:
+                sampler.start = start + (i + 1) * size
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: `epoch`, and `done`, how many samples of it all ranks have been given."""
+        return {"epoch": self.sampler.epoch, "done": self.sampler.start * self.sampler.world_size}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go to a position."""
+        self.sampler.set_epoch(state_dict["epoch"])
+        self.sampler.start = state_dict["done"] // self.sampler.world_size
 
 
 class DataModule(L.LightningDataModule, ABC):
@@ -138,14 +191,17 @@ class DataModule(L.LightningDataModule, ABC):
         """
         data = self.dataset(split, training=training)
         rank, world = self.share()
+        sampler = KeyedSampler(data, shuffle=training, seed=self.seed, rank=rank, world_size=world, limit=limit)
+        size, workers = batch_size or self.batch_size, self.num_workers
+        if training:
+            return TrainingLoader(data, sampler, batch_size=size, num_workers=workers, persistent_workers=workers > 0)
         return DataLoader(
             data,
-            batch_size=batch_size or self.batch_size,
-            sampler=KeyedSampler(data, shuffle=training, seed=self.seed, rank=rank, world_size=world, limit=limit),
+            batch_size=size,
+            sampler=sampler,
             collate_fn=as_batch,
-            drop_last=training,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
