@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import lightning as L
 import torch
@@ -35,50 +35,55 @@ class TrainingLoader(DataLoader[Batch]):
     `state_dict` holds it, so that a run that goes on from a checkpoint gets the very next batch: what was seen is neither read nor decoded.
     It is the same on every rank, and it counts samples, not batches, so that it also means something to another number of ranks.
 
+    Without a `KeyedSampler` (Lightning's `overfit_batches` puts another one in its place) it is a plain DataLoader.
+
     Args:
-        dataset: map-style, asked by `Draw`s.
-        sampler: the rank's share; it holds the position.
-        batch_size: per rank.
-        num_workers: loader processes.
-        persistent_workers: keep them from epoch to epoch.
+        args: those of DataLoader.
+        kwargs: those of DataLoader; `drop_last` is wanted.
     """
 
-    sampler: KeyedSampler
-    batch_size: int
+    _end = 0  # where the present epoch ends
 
-    def __init__(
-        self, dataset: Dataset[Any], sampler: KeyedSampler, *, batch_size: int, num_workers: int = 0, persistent_workers: bool = False
-    ) -> None:
-        super().__init__(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=as_batch,
-            drop_last=True,
-            num_workers=num_workers,
-            persistent_workers=persistent_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    @property
+    def position(self) -> KeyedSampler | None:
+        """What holds the position."""
+        return self.sampler if isinstance(self.sampler, KeyedSampler) else None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator: it starts at the first batch, when the epoch is known
-        sampler, size = self.sampler, self.batch_size
-        epoch, start = sampler.epoch, sampler.start
-        last = (len(sampler) - start) // size - 1
-        for i, batch in enumerate(super().__iter__()):
+        batches, position, size = super().__iter__, self.position, cast(int, self.batch_size)
+        if position is None:
+            yield from batches()
+            return
+        epoch, start = position.epoch, position.start
+        last = (len(position) - start) // size - 1
+        self._end = start + (last + 1) * size
+        for i, batch in enumerate(batches()):
             if i == last:
-                sampler.set_epoch(epoch + 1)
+                position.set_epoch(epoch + 1)
             else:
-                sampler.start = start + (i + 1) * size
+                position.start = start + (i + 1) * size
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The position: `epoch`, and `done`, how many samples of it all ranks have been given."""
-        return {"epoch": self.sampler.epoch, "done": self.sampler.start * self.sampler.world_size}
+        position = self.position
+        return {} if position is None else {"epoch": position.epoch, "done": position.start * position.world_size}
+
+    def rewound(self, batches: int) -> dict[str, int]:
+        """`state_dict` as it was some batches ago, in the same epoch."""
+        position = self.position
+        if position is None or batches == 0:
+            return self.state_dict()
+        over = position.start == 0  # the epoch's last batch was handed out
+        start = (self._end if over else position.start) - batches * cast(int, self.batch_size)
+        return {"epoch": position.epoch - over, "done": start * position.world_size}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Go to a position."""
-        self.sampler.set_epoch(state_dict["epoch"])
-        self.sampler.start = state_dict["done"] // self.sampler.world_size
+        position = self.position
+        if position is not None and state_dict:
+            position.set_epoch(state_dict["epoch"])
+            position.start = state_dict["done"] // position.world_size
 
 
 class DataModule(L.LightningDataModule, ABC):
@@ -192,16 +197,14 @@ class DataModule(L.LightningDataModule, ABC):
         data = self.dataset(split, training=training)
         rank, world = self.share()
         sampler = KeyedSampler(data, shuffle=training, seed=self.seed, rank=rank, world_size=world, limit=limit)
-        size, workers = batch_size or self.batch_size, self.num_workers
-        if training:
-            return TrainingLoader(data, sampler, batch_size=size, num_workers=workers, persistent_workers=workers > 0)
-        return DataLoader(
+        return (TrainingLoader if training else DataLoader)(
             data,
-            batch_size=size,
+            batch_size=batch_size or self.batch_size,
             sampler=sampler,
             collate_fn=as_batch,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            drop_last=training,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 

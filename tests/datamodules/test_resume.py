@@ -14,7 +14,7 @@ from torch import Tensor
 
 from srcflow.data import image_folder
 from srcflow.data.feature_store import FeatureStoreWriter
-from srcflow.datamodules.base import DataModule, TrainingLoader
+from srcflow.datamodules.base import DataModule, TrainingLoader, as_batch
 from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.datamodules.image_folder import ImageFolder
 from srcflow.datamodules.image_shards import ImageShards
@@ -60,7 +60,8 @@ def take(loader: TrainingLoader, n: int) -> list[tuple[list[int], bytes]]:
     got: list[tuple[list[int], bytes]] = []
     while len(got) < n:
         batches = iter(loader)
-        for _ in range(min(n - len(got), STEPS - loader.sampler.start // SIZE)):
+        assert loader.position is not None
+        for _ in range(min(n - len(got), STEPS - loader.position.start // SIZE)):
             got.append(content(next(batches)))
     return got
 
@@ -84,7 +85,9 @@ def test_the_next_batch_follows_wherever_it_stopped(kind: str, workers: int, pla
 def test_workers_need_not_be_persistent(place: Path) -> None:
     straight = take(make("map", place).train_dataloader(), 2 * STEPS)
     persistent = make("map", place, num_workers=1).train_dataloader()
-    loader = TrainingLoader(persistent.dataset, persistent.sampler, batch_size=SIZE, num_workers=1)
+    loader = TrainingLoader(
+        persistent.dataset, sampler=persistent.sampler, batch_size=SIZE, num_workers=1, collate_fn=as_batch, drop_last=True
+    )
     loader.load_state_dict({"epoch": 0, "done": 2 * SIZE})
     assert take(loader, 2 * STEPS - 2) == straight[2:]
 
@@ -94,7 +97,12 @@ def test_what_was_seen_is_not_read_again(place: Path, monkeypatch: pytest.Monkey
     loader.load_state_dict({"epoch": 1, "done": 3 * SIZE})
     reads: list[int] = []
     read = image_folder.ImageFolderDataset.read
-    monkeypatch.setattr(image_folder.ImageFolderDataset, "read", lambda self, i: reads.append(i) or read(self, i))
+
+    def counted(self: image_folder.ImageFolderDataset, i: int) -> tuple[bytes, int]:
+        reads.append(i)
+        return read(self, i)
+
+    monkeypatch.setattr(image_folder.ImageFolderDataset, "read", counted)
     assert reads == [i for indices, _ in take(loader, 2) for i in indices]
     assert len(reads) == 2 * SIZE
 
@@ -102,9 +110,9 @@ def test_what_was_seen_is_not_read_again(place: Path, monkeypatch: pytest.Monkey
 def test_an_epoch_that_ended_early_is_not_finished_later(place: Path) -> None:
     loader, other = make("map", place).train_dataloader(), make("map", place).train_dataloader()
     take(loader, 3)
-    loader.sampler.set_epoch(0)  # where it is
+    loader.position.set_epoch(0)  # where it is
     assert loader.state_dict() == {"epoch": 0, "done": 3 * SIZE}
-    loader.sampler.set_epoch(1)
+    loader.position.set_epoch(1)
     other.load_state_dict({"epoch": 1, "done": 0})
     assert take(loader, STEPS) == take(other, STEPS)
 
@@ -175,3 +183,16 @@ def test_through_the_trainer(kind: str, workers: int, place: Path, tmp_path: Pat
     for k, path in points.items() if workers == 0 else ((STEPS + 3, points[STEPS + 3]),):
         assert run([], path) == straight[k:], k
     assert run([], points[STEPS + 3], max_epochs=2) == straight[STEPS + 3 : 2 * STEPS]
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
+def test_overfitting_on_a_few_batches_still_works(place: Path, tmp_path: Path) -> None:
+    model = Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, default_root_dir=tmp_path, max_epochs=2, overfit_batches=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    data = make("map", place)
+    data.val_dataloader = lambda: [1]  # type: ignore[method-assign]  # Lightning warns of none
+    trainer.fit(model, datamodule=data)
+    assert [i for i, _ in model.seen] == 2 * [[0, 1, 2, 3], [4, 5, 6, 7]]
