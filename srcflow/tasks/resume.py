@@ -46,11 +46,12 @@ def rewind(trainer: L.Trainer, checkpoint: dict[str, Any]) -> int:
     if behind == 0:
         return 0
     before = total["ready"] - behind
-    progress.update(
-        current=dict.fromkeys(current, finished),
-        total=dict.fromkeys(total, before),
-        is_last_batch=False,
-    )
+    progress.update(current=dict.fromkeys(current, finished), total=dict.fromkeys(total, before), is_last_batch=False)
+    optimizer = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for span in ("current", "total"):  # as many gradients were cleared as steps were made
+        steps = optimizer["step"][span]["completed"]
+        for counters in (optimizer["step"][span], optimizer["zero_grad"][span]):
+            counters.update(dict.fromkeys(counters, steps))
     if "combined_loader" in state["state_dict"]:
         state["state_dict"]["combined_loader"] = [loader.rewound(behind) for loader in loaders]
     return behind
