@@ -220,6 +220,7 @@ class Task(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Skip the epoch if there is nothing to train."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            resume.number_steps(self.trainer)
             self._before_window = {k: v.detach().clone() for k, v in self.moving().items()}
         return -1 if self.trainer.should_stop and not self.trainer.optimizers else None
 

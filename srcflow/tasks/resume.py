@@ -17,6 +17,11 @@ def place_loaders(trainer: L.Trainer) -> None:
     trainer.fit_loop._load_combined_loader_states()
 
 
+def number_steps(trainer: L.Trainer) -> None:
+    """Log the coming step under its own number; Lightning is one off after a checkpoint that was written in a validation."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 def rewind(trainer: L.Trainer, checkpoint: dict[str, Any]) -> int:
     """Bring the counters and loaders of a checkpoint back to the last optimizer step.
 

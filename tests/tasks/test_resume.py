@@ -175,7 +175,7 @@ def test_a_flow_goes_on_bit_for_bit(accumulate: int, data: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_workers_and_epochs_as_the_length_of_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flow_with_workers_goes_on_bit_for_bit(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = {**FLOW, "codec": str(data / "codec")}
     compare(FlowTask, "flow", model, data, tmp_path, monkeypatch, 1, num_workers=2)
 
@@ -205,7 +205,7 @@ def test_a_compressor_goes_on_bit_for_bit(accumulate: int, data: Path, tmp_path:
 
 
 def shards(data: Path, **more: Any) -> ImageShards:
-    return ImageShards(str(data / "train-*.tar"), size=32, num_classes=4, flip=True, **{"batch_size": 8, **more})
+    return ImageShards(str(data / "train-*.tar"), str(data / "val-*.tar"), size=32, num_classes=4, flip=True, **{"batch_size": 8, **more})
 
 
 def make(data: Path, learn_prior: bool = False) -> FlowTask:
@@ -228,10 +228,10 @@ class At(L.Callback):
 
 def fit(task: FlowTask, here: Path, *callbacks: L.Callback, data: Any, ckpt: Path | None = None, **more: Any) -> dict[str, Any]:
     """Train, and give the checkpoint of the end."""
-    settings: dict[str, Any] = {"max_steps": 9, "accumulate_grad_batches": 2, **more}
+    settings: dict[str, Any] = {"max_steps": 9, "accumulate_grad_batches": 2, "limit_val_batches": 0, **more}
     trainer = L.Trainer(
         accelerator="cpu", devices=1, default_root_dir=here, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, callbacks=[EMA(0.9), *callbacks], **settings,
+        enable_model_summary=False, callbacks=[EMA(0.9), *callbacks], **settings,
     )  # fmt: skip
     loader = {"datamodule": data} if isinstance(data, L.LightningDataModule) else {"train_dataloaders": data}
     trainer.fit(task, **loader, ckpt_path=ckpt, weights_only=True)
@@ -274,6 +274,33 @@ def test_an_interrupt_inside_a_batch_loses_nothing(batch: int, data: Path, tmp_p
             fit(make(data), tmp_path, data=shards(data), max_steps=14, accumulate_grad_batches=1)
     resumed = fit(make(data), tmp_path, data=shards(data), max_steps=14, accumulate_grad_batches=1, ckpt=path)
     assert list(differences(straight, resumed)) == []
+
+
+class AtValidation(L.Callback):
+    """Saves after the n-th validation, before and after the average has left the module."""
+
+    def __init__(self, n: int, paths: list[Path]) -> None:
+        self.left, self.paths = n, paths
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.left -= 1
+        if self.left == 0:
+            trainer.save_checkpoint(self.paths[0])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.left == 0:
+            trainer.save_checkpoint(self.paths[1])
+
+
+@pytest.mark.parametrize(("interval", "n", "accumulate"), [(1.0, 1, 1), (1.0, 1, 2), (3, 2, 1), (3, 1, 2), (3, 3, 2)])
+def test_a_checkpoint_of_a_validation_goes_on_too(interval: float, n: int, accumulate: int, data: Path, tmp_path: Path) -> None:
+    """At the end of an epoch, in the middle of one, and in the middle of a step."""
+    more: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": interval, "max_steps": 14, "accumulate_grad_batches": accumulate}
+    paths = [tmp_path / "inside.ckpt", tmp_path / "after.ckpt"]
+    straight = fit(make(data), tmp_path, AtValidation(n, paths), data=shards(data), **more)
+    for path in paths:
+        resumed = fit(make(data), tmp_path, data=shards(data), ckpt=path, **more)
+        assert [d for d in differences(straight, resumed) if "val_loop" not in d] == []
 
 
 def test_a_run_whose_length_is_epochs_goes_on_too(data: Path, tmp_path: Path) -> None:
