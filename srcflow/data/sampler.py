@@ -35,7 +35,13 @@ class KeyedSampler(DistributedSampler[Any]):
         rank: this process.
         world_size: number of processes that share the data.
         limit: take the first `limit` samples only.
+
+    Attributes:
+        epoch: what the next iteration yields.
+        start: how many of this rank's draws of that epoch it leaves out, because they were made before.
     """
+
+    epoch: int
 
     def __init__(
         self, dataset: Dataset[Any], *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1, limit: int | None = None
@@ -45,13 +51,20 @@ class KeyedSampler(DistributedSampler[Any]):
         self.total = length if limit is None else min(limit, length)
         self.world_size = world_size
         self.num_samples = self.total // world_size if shuffle else -(-self.total // world_size)
+        self.start = 0
 
     def __len__(self) -> int:
         return self.num_samples
 
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; within the present one nothing moves."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
     def __iter__(self) -> Iterator[Any]:
-        order = permutation(self.total, seed=self.seed, purpose="order", step=self.epoch) if self.shuffle else torch.arange(self.total)
-        for i in range(self.num_samples):
+        epoch, start = self.epoch, self.start  # both may move while this runs
+        order = permutation(self.total, seed=self.seed, purpose="order", step=epoch) if self.shuffle else torch.arange(self.total)
+        for i in range(start, self.num_samples):
             position = i * self.world_size + self.rank
             valid = position < self.total
-            yield Draw(self.epoch, int(order[position if valid else 0]), valid)
+            yield Draw(epoch, int(order[position if valid else 0]), valid)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol, cast
 
 import lightning as L
 import torch
@@ -26,6 +26,64 @@ class Source(Protocol):
 
     def key(self, index: int) -> str:
         """A sample's name."""
+
+
+class TrainingLoader(DataLoader[Batch]):
+    """Endless epochs of complete batches, of which each `iter` yields what is left of the present one.
+
+    The position moves on with every batch that is handed out, and into the next epoch with the last one (Lightning asks for no more then).
+    `state_dict` holds it, so that a run that goes on from a checkpoint gets the very next batch: what was seen is neither read nor decoded.
+    It is the same on every rank, and it counts samples, not batches, so that it also means something to another number of ranks.
+
+    Without a `KeyedSampler` (Lightning's `overfit_batches` puts another one in its place) it is a plain DataLoader.
+
+    Args:
+        args: those of DataLoader.
+        kwargs: those of DataLoader; `drop_last` is wanted.
+    """
+
+    _end = 0  # where the present epoch ends
+
+    @property
+    def position(self) -> KeyedSampler | None:
+        """What holds the position."""
+        return self.sampler if isinstance(self.sampler, KeyedSampler) else None
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator: it starts at the first batch, when the epoch is known
+        batches, position, size = super().__iter__, self.position, cast(int, self.batch_size)
+        if position is None:
+            yield from batches()
+            return
+        epoch, start = position.epoch, position.start
+        last = (len(position) - start) // size - 1
+        self._end = start + (last + 1) * size
+        for i, batch in enumerate(batches()):
+            if i == last:
+                position.set_epoch(epoch + 1)
+            else:
+                position.start = start + (i + 1) * size
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: `epoch`, and `done`, how many samples of it all ranks have been given."""
+        position = self.position
+        return {} if position is None else {"epoch": position.epoch, "done": position.start * position.world_size}
+
+    def rewound(self, batches: int) -> dict[str, int]:
+        """`state_dict` as it was some batches ago, in the same epoch."""
+        position = self.position
+        if position is None or batches == 0:
+            return self.state_dict()
+        over = position.start == 0  # the epoch's last batch was handed out
+        start = (self._end if over else position.start) - batches * cast(int, self.batch_size)
+        return {"epoch": position.epoch - over, "done": start * position.world_size}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go to a position."""
+        position = self.position
+        if position is not None and state_dict:
+            position.set_epoch(state_dict["epoch"])
+            position.start = state_dict["done"] // position.world_size
 
 
 class DataModule(L.LightningDataModule, ABC):
@@ -138,10 +196,11 @@ class DataModule(L.LightningDataModule, ABC):
         """
         data = self.dataset(split, training=training)
         rank, world = self.share()
-        return DataLoader(
+        sampler = KeyedSampler(data, shuffle=training, seed=self.seed, rank=rank, world_size=world, limit=limit)
+        return (TrainingLoader if training else DataLoader)(
             data,
             batch_size=batch_size or self.batch_size,
-            sampler=KeyedSampler(data, shuffle=training, seed=self.seed, rank=rank, world_size=world, limit=limit),
+            sampler=sampler,
             collate_fn=as_batch,
             drop_last=training,
             num_workers=self.num_workers,

@@ -26,10 +26,11 @@ from srcflow.autoencoders.base import Autoencoder
 from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, full, like, trained
 from srcflow.callbacks.non_finite import NonFiniteGuard
 from srcflow.data.manifest import weights_hash
-from srcflow.datamodules.base import DataModule
+from srcflow.datamodules.base import DataModule, TrainingLoader
 from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
 from srcflow.registry import build, spec_of
+from srcflow.tasks import resume
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.report import table, write_metrics
 from srcflow.types import Batch, Grid
@@ -75,6 +76,7 @@ class Task(L.LightningModule):
         self._raw_state: dict[str, Tensor] | None = None
         self._evaluated: Weights | None = None
         self._checked: FeatureStore | None = None
+        self._before_window: dict[str, Tensor] = {}
 
     # --- parts -----------------------------------------------------------------------------------------------------------------
 
@@ -211,12 +213,20 @@ class Task(L.LightningModule):
 
     def on_train_start(self) -> None:
         """End a fit that has nothing to train: what is fitted by statistics is ready by now."""
+        resume.place_loaders(self.trainer)
         if not any(p.requires_grad for p in self.parameters()):
             self.trainer.should_stop = True
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Skip the epoch if there is nothing to train."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            resume.number_steps(self.trainer)
+            self._before_window = {k: v.detach().clone() for k, v in self.moving().items()}
         return -1 if self.trainer.should_stop and not self.trainer.optimizers else None
+
+    def moving(self) -> dict[str, Tensor]:
+        """What every batch changes, not only every optimizer step, by its name in `state_dict`."""
+        return {}
 
     def on_train_end(self) -> None:
         """Write the artifact."""
@@ -276,11 +286,16 @@ class Task(L.LightningModule):
             loader = self.trainer.fit_loop._data_source.dataloader()
         sampler = getattr(loader, "sampler", None)  # ours give every rank a share
         shared = isinstance(sampler, DistributedSampler) or getattr(sampler, "shares_ranks", False)
-        for i, batch in enumerate(loader):
-            if limit is not None and (i * world + rank if shared else i) >= limit:
-                return
-            if shared or i % world == rank:
-                yield cast(Batch, self.trainer.strategy.batch_to_device(batch, self.device, 0))
+        position = loader.state_dict() if isinstance(loader, TrainingLoader) else {}
+        try:
+            for i, batch in enumerate(loader):
+                if limit is not None and (i * world + rank if shared else i) >= limit:
+                    return
+                if shared or i % world == rank:
+                    yield cast(Batch, self.trainer.strategy.batch_to_device(batch, self.device, 0))
+        finally:  # training may be given the same loader
+            if isinstance(loader, TrainingLoader):
+                loader.load_state_dict(position)
 
     # --- averaged weights --------------------------------------------------------------------------------------------------------
 
@@ -308,9 +323,15 @@ class Task(L.LightningModule):
     # --- checkpoints and artifacts -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an artifact's manifest needs, and both sets of weights to a weights-only file too (Lightning asks no callback then)."""
+        """Add what an artifact's manifest needs, and both sets of weights to a weights-only file too (Lightning asks no callback then).
+
+        What is saved in the middle of a step (of several batches, when gradients are accumulated) is the end of the step before.
+        """
         if self.ema is not None:
             self.ema.write(self, checkpoint)
+        if resume.rewind(self.trainer, checkpoint):
+            state = checkpoint.get("state_dict", {})
+            state.update({k: v for k, v in self._before_window.items() if k in state})
         checkpoint[FACTS] = self.facts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

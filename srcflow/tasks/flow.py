@@ -297,6 +297,10 @@ class FlowTask(Task):
             self.log_dict(self._block_statistics(outputs, "train"))
         return loss
 
+    def moving(self) -> dict[str, Tensor]:
+        """The learned prior's running average."""
+        return {f"flow.{k}": v for k, v in self.flow.named_buffers() if k in ("prior_std", "prior_var")} if self.flow.learn_prior else {}
+
     def _denoiser_loss(self, codes: Tensor, condition: Condition | None, z: Tensor, logdet: Tensor) -> Tensor:
         """Mean squared error of the denoiser's prediction against -s grad log p(x), about the unit noise (E20); trains nothing else."""
         (score,) = torch.autograd.grad((normal_log_prob(z) + logdet).sum(), codes, retain_graph=True)
