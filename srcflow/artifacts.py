@@ -176,9 +176,14 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def content_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 over the configuration and the weights of an artifact, read from the files."""
+    return file_hash(Path(path) / CONFIG, Path(path) / MODEL)
+
+
+def file_hash(*files: Path) -> str:
+    """SHA-256 over the bytes of files, one after another."""
     digest = hashlib.sha256()
-    for name in (CONFIG, MODEL):
-        with (Path(path) / name).open("rb") as f:
+    for file in files:
+        with file.open("rb") as f:
             while chunk := f.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, Union
 
 from srcflow.errors import ConfigError, Problems, UnknownNameError, WeightsError
@@ -20,6 +20,19 @@ def names(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
+def check_names(function: Callable[..., Any], given: Iterable[str]) -> None:
+    """Refuse configuration names that a converter does not take.
+
+    Raises:
+        UnknownNameError: names the nearest (ProblemsError for several).
+    """
+    problems, takes = Problems(), names(function)
+    for name in given:
+        if name not in takes:
+            problems.add(UnknownNameError("config", name, takes, paths=False))
+    problems.raise_if_any()
+
+
 def known(function: Callable[P, T]) -> Callable[P, T]:
     """A converter whose configuration is checked before it is called: every name, and every value's type, all problems at once.
 
@@ -29,19 +42,20 @@ def known(function: Callable[P, T]) -> Callable[P, T]:
         UnknownNameError: a name is not among the converter's keyword-only arguments.
         ConfigError: a value is of another type.
     """
-    takes = inspect.signature(function).parameters
+    own = names(function)
+    other = inspect.signature(function).parameters.keys() - set(own)
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         problems, values = Problems(), dict[str, Any]()
         hints = typing.get_type_hints(function)
         what = function.__name__
+        with problems.collect():
+            check_names(function, kwargs.keys() - other)
         for name, value in kwargs.items():
-            if name not in takes:
-                problems.add(UnknownNameError("config", name, names(function), paths=False))
-            elif takes[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+            if name in other:
                 values[name] = value
-            elif value is not None:
+            elif name in own and value is not None:
                 with problems.collect():
                     values[name] = typed(f"{what}.{name}", value, hints[name])
         problems.raise_if_any()

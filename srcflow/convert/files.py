@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,8 +20,8 @@ from srcflow.autoencoders.base import Autoencoder
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.autoencoders.representation import RepresentationAutoencoder
 from srcflow.chain import locate
-from srcflow.convert.config import names
-from srcflow.convert.state import read, unwrap
+from srcflow.convert.config import check_names, names
+from srcflow.convert.state import read
 from srcflow.errors import ArtifactError, ConfigError, Problems, UnknownNameError, one_of
 from srcflow.flows.flow import Flow
 
@@ -93,9 +93,8 @@ def convert_file(
         if value is not None and kind not in kinds:
             problems.add(ConfigError(key, str(value), f"does not go with {kind}.", f"It is for {' and '.join(kinds)}."))
     function = getattr(convert, kind)
-    for name in config:
-        if name not in names(function):
-            problems.add(UnknownNameError("config", name, names(function), paths=False))
+    with problems.collect():  # before the file, which may be large, is read
+        check_names(function, config)
     with problems.collect():
         artifacts.check_target(out)
     problems.raise_if_any()
@@ -109,7 +108,12 @@ def convert_file(
         module = function(state, None if statistics is None else read_statistics(statistics), **config)
     else:
         module = function(read_weights(path), **config)
-    facts = {"kind": kind, "file": Path(path).name, "sha256": None if Path(path).is_dir() else file_hash(path), "config": config}
+    facts = {
+        "kind": kind,
+        "file": Path(path).name,
+        "sha256": None if Path(path).is_dir() else artifacts.file_hash(Path(path)),
+        "config": config,
+    }
     return save(module, out, facts, _codec(kind, module, config) if autoencoder is None else autoencoder)
 
 
@@ -192,6 +196,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     except yaml.YAMLError as e:
         raise ArtifactError(f"{file} is neither JSON nor YAML: {e}.") from e
     if isinstance(content, dict) and isinstance(content.get("arguments"), list):
+        if not all(isinstance(entry, dict) for entry in content["arguments"]):
+            raise ArtifactError(f"{file}: every entry of arguments is one `name: value`.")
         return starflow_arguments({k: v for entry in content["arguments"] for k, v in entry.items()})
     if isinstance(content, dict) and isinstance(content.get("config"), dict):
         content = content["config"]
@@ -225,9 +231,10 @@ def starflow_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         elif name in ("nvp", "adaln") and bool(value) != (name == "nvp"):
             problems.add(ConfigError(f"config.{name}", value, f"only {name}: {int(name == 'nvp')} can be converted."))
         elif name == "layers_per_block":
-            config[name] = [int(n) for n in value.split()] if isinstance(value, str) else value
+            config[name] = [parsed(n) for n in value.split()] if isinstance(value, str) else value
         elif name == "img_size":
-            config[name] = value // STARFLOW_VAE_STRIDE if arguments.get("vae") not in (None, "none") else value
+            latent = isinstance(value, int) and arguments.get("vae") not in (None, "none")
+            config[name] = value // STARFLOW_VAE_STRIDE if latent else value
         elif name in STARFLOW_NAMES or name in names(convert.starflow):
             config[STARFLOW_NAMES.get(name, name)] = value
         elif name not in STARFLOW_TRAINING:
@@ -298,21 +305,12 @@ def export_file(
     return [folder / name for name in ("rae.pt", "decoder.pt", "stat.pt")]
 
 
-def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as f:
-        while chunk := f.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _codec(kind: str, module: nn.Module, config: Mapping[str, Any]) -> Autoencoder | None:
     """The pixels that a TARFlow on colour images takes."""
     if kind != "tarflow" or not isinstance(module, Flow):
         return None
-    patch = config.get("patch_size") or int((module.channels / (config.get("in_channels") or 3)) ** 0.5)
-    if 3 * patch**2 != module.channels:
+    patch = math.isqrt(module.channels // 3)
+    if config.get("in_channels") not in (None, 3) or config.get("patch_size") not in (None, patch) or 3 * patch**2 != module.channels:
         return None
     return PixelPatches(module.grid[0] * patch, patch, scale="linear")
 
@@ -320,6 +318,5 @@ def _codec(kind: str, module: nn.Module, config: Mapping[str, Any]) -> Autoencod
 def _with_encoder(state: Mapping[str, Tensor], encoder: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if any(k.startswith("encoder.") for k in state):
         raise ConfigError("encoder", str(path), "holds an encoder already.", "Leave --encoder out.")
-    bare = unwrap(state, what=str(path))
-    decoder = bare if any(k.startswith("decoder.") for k in bare) else {f"decoder.{k}": v for k, v in bare.items()}
+    decoder = state if any(k.startswith("decoder.") for k in state) else {f"decoder.{k}": v for k, v in state.items()}
     return {**{f"encoder.{k}": v for k, v in encoder.items()}, **decoder}

@@ -21,8 +21,6 @@ from srcflow.errors import ConfigError, Problems, ProblemsError, ShapeError, Unk
 from srcflow.statistics import EpsConvention
 from srcflow.types import Grid
 
-__all__ = ["rae", "rae_decoder", "to_rae", "to_rae_decoder"]
-
 
 @known
 def rae(
@@ -45,7 +43,7 @@ def rae(
     noise_tau: float | None = None,
     stat_eps: float = 1e-5,
 ) -> RepresentationAutoencoder:
-    """A whole RAE from the state dict of its published code: `encoder.*` (transformers' names) and `decoder.*`.
+    """A whole RAE (arXiv 2510.11690; E1 to E3) from its published code's state dict: `encoder.*` (transformers' names) and `decoder.*`.
 
     A DINOv2 has its four registers there; one without is refused.
 

@@ -44,7 +44,7 @@ def rae_decoder(
     act: str = "gelu",
     qkv_bias: bool | None = None,
 ) -> ViTDecoder:
-    """RAE's decoder from a state dict of its published code, or in the keys of diffusers.
+    """RAE's decoder (arXiv 2510.11690, E3) from a state dict of its published code, or in the keys of diffusers.
 
     The position table is the file's, which in a trained checkpoint may be no sin-cos table any more. Files of diffusers do not hold it:
     they get sin-cos positions that count tokens (0, 1, 2, ...), as the official code has them for every grid; `grid` must be given.

@@ -49,8 +49,6 @@ _FLAGS = {  # key of a block -> (the argument that makes it, its value then)
     "attn_blocks.*.attention.norm.bias": ("norm_type", "layer_norm"),
     "attn_blocks.*.attention.qkv.bias": ("use_bias", True),
 }
-
-
 _WIDTH = (("proj_in.weight", 0), ("proj_in.bias", 0), ("proj_out.weight", 1))
 """What shows the width of a block."""
 
@@ -98,7 +96,7 @@ def starflow(
     use_checkpoint: int | None = None,
     use_checkpoint_mlp: int | None = None,
 ) -> Flow:
-    """STARFlow (arXiv 2506.06276) from a state dict of its published code; images only, not STARFlow-V.
+    """STARFlow (arXiv 2506.06276; E6, E12, E17, E18, E20) from a state dict of its published code; images only, not STARFlow-V.
 
     Its tokens are `patchify(latents, patch_size, order="ppc")`. The released model is built with rope, sos, use_softplus, use_final_norm,
     cond_top_only, soft_clip 4 and seq_order "L2R", none of which is the constructor's default.
@@ -144,6 +142,9 @@ def starflow(
         use_checkpoint: any; it saves memory in training.
         use_checkpoint_mlp: any.
 
+    Returns:
+        The flow in eval mode on the CPU, in float32, or in float64 if the weights are.
+
     Raises:
         ConfigError: a value contradicts the weights, or is of a kind that is not converted.
         WeightsError: keys are missing, unknown or misshaped.
@@ -157,8 +158,6 @@ def starflow(
     for key, value in (("denoiser_window", denoiser_window), ("local_attn_window", local_attn_window)):
         sizes.only(key, value, (None, 0), not_ours)
     sizes.only("temporal_causal", temporal_causal, (0,), not_ours)
-    sizes.only("norm_type", norm_type, ("layer_norm", "rms_norm"), "unknown.")
-    sizes.only("seq_order", seq_order, ("R2L", "L2R"), "unknown.")
     blocks = sizes.take("num_blocks", num_blocks, show.blocks)
     layers = [show.layers(f"blocks.{k}") for k in range(blocks)]
     layers_of(sizes, layers_per_block, layers)
@@ -219,10 +218,10 @@ def starflow(
             "expansion": hidden / w,
             "norm": "rms" if norm_type == "rms_norm" else "layer",
             "mlp": "gated" if use_swiglu else "gelu",
-            "qk_norm": bool(use_qk_norm),
-            "post_norm": bool(use_post_norm),
-            "bias": bool(use_bias),
-            "final_norm": bool(use_final_norm),
+            "qk_norm": use_qk_norm,
+            "post_norm": use_post_norm,
+            "bias": use_bias,
+            "final_norm": use_final_norm,
         }
 
     with torch.device("meta"):
@@ -241,7 +240,7 @@ def starflow(
                     conditioner(w) if dim and not empty and (k == last or not cond_top_only) else None,
                     start="sos" if sos else "shift",
                     order="reverse" if k % 2 == (seq_order == "R2L") else "raster",
-                    clip=float(soft_clip),
+                    clip=soft_clip,
                     clip_what="both",
                     identity=empty,
                     **(options(w, f"blocks.{k}", depth) if not empty else {"head_dim": size, "heads": num_heads or 1}),
@@ -255,16 +254,16 @@ def starflow(
         flow = Flow(built, denoiser=denoiser)
     flow.to(precision(used(state_dict)))
     given = {
-        "sos": bool(sos),
-        "rope": bool(rope),
-        "use_final_norm": bool(use_final_norm),
-        "use_swiglu": bool(use_swiglu),
-        "use_qk_norm": bool(use_qk_norm),
-        "use_post_norm": bool(use_post_norm),
+        "sos": sos,
+        "rope": rope,
+        "use_final_norm": use_final_norm,
+        "use_swiglu": use_swiglu,
+        "use_qk_norm": use_qk_norm,
+        "use_post_norm": use_post_norm,
         "norm_type": norm_type,
-        "use_bias": bool(use_bias),
+        "use_bias": use_bias,
     }
-    hint = _hint(show, last, given, cond_top_only=bool(cond_top_only), denoiser=bool(learnable_self_denoiser))
+    hint = _hint(show, last, given, cond_top_only=cond_top_only, denoiser=learnable_self_denoiser)
     state = dict(state_dict)
     state.setdefault("var", torch.ones(side * side, token))  # unused there
     rules = starflow_rules(flow, var=tuple(state["var"].shape))

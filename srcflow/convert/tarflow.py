@@ -46,14 +46,14 @@ def tarflow(
     head_dim: int = 64,
     expansion: float | None = None,
 ) -> Flow:
-    """TARFlow (arXiv 2412.06329) from a state dict of its published code.
+    """TARFlow (arXiv 2412.06329; E5, E7, E11, E17) from a state dict of its published code.
 
     Its tokens are `patchify(images, patch_size, order="cpp")` of images in [-1, 1]; published `reverse(noise)` is
     `flow.inverse(noise * flow.prior_std)`.
 
     Args:
         state_dict: the published weights.
-        in_channels: image channels; None: 3 if the tokens' width allows it.
+        in_channels: image channels; checked against the tokens' width.
         img_size: side of the images.
         patch_size: side of a patch.
         channels: width of the transformers.
@@ -63,6 +63,9 @@ def tarflow(
         num_classes: classes; 0 for an unconditional model.
         head_dim: width of an attention head.
         expansion: inner width of the MLP over the outer.
+
+    Returns:
+        The flow in eval mode on the CPU, in float32, or in float64 if the weights are.
 
     Raises:
         ConfigError: a value contradicts the weights.

@@ -137,6 +137,7 @@ def to_starflow(flow: Flow, *, in_channels: int = 4, txt_size: int | None = None
         patch = patch_of(flow, in_channels)
     check.problems.raise_if_any()
     conditioner = cast("TextPrefix | ClassToken | None", next((t.conditioner for t in trunks if t.conditioner is not None), None))
+    dim = conditioner.num_classes + 1 if isinstance(conditioner, ClassToken) else conditioner.text_dim if conditioner else 0
     length = 0 if not text_axis else txt_size or (1 if flow.null_text is None else flow.null_text.shape[0])
     config: dict[str, Any] = {
         "in_channels": in_channels,
@@ -152,11 +153,7 @@ def to_starflow(flow: Flow, *, in_channels: int = 4, txt_size: int | None = None
         "pt_seq_len": None if int(side) == flow.grid[0] else int(side),
         "sos": start == "sos",
         "txt_size": length,
-        "txt_dim": 0
-        if conditioner is None
-        else conditioner.text_dim
-        if isinstance(conditioner, TextPrefix)
-        else conditioner.num_classes + 1,
+        "txt_dim": dim,
         "cond_top_only": top_only and len(live) > 1,
         "use_softplus": coupling is SoftplusAffine,
         "soft_clip": clip,
@@ -231,8 +228,8 @@ def patch_of(flow: Flow, in_channels: int) -> int:
     Raises:
         ConfigError: tokens of this width are no patches of such images.
     """
-    patch = math.isqrt(flow.channels // in_channels)
-    if in_channels * patch**2 != flow.channels:
+    patch = math.isqrt(flow.channels // in_channels) if in_channels > 0 else 0
+    if not patch or in_channels * patch**2 != flow.channels:
         why = f"tokens of {flow.channels} numbers are no square patches of {in_channels} channels."
         raise ConfigError("in_channels", in_channels, why, "Give the channels of the images (or latents) the flow models.")
     return patch

@@ -110,7 +110,11 @@ class Shown:
         return self.size(*((n, 0) for n in _UP), *((n, 1) for n in _DOWN), prefix=layer)
 
     def heads(self, sizes: Sizes, prefix: str, width: int, head_dim: int, given: int | None) -> tuple[int, int]:
-        """Query and key/value heads of a block; what does not divide into heads of this width is noted."""
+        """Query and key/value heads of a block.
+
+        Raises:
+            ConfigError: its tensors do not divide into heads of this width (with what `sizes` has collected).
+        """
         layer = f"{prefix}.attn_blocks.*.attention"
         queries = self.size(("proj.weight", 1), prefix=layer) or (width if given is None else given * head_dim)
         rows = self.size(("qkv.weight", 0), ("qkv.bias", 0), prefix=layer) or 3 * queries

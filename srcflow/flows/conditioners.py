@@ -166,7 +166,7 @@ def resolve(
     dropped = None if given.labels is None else given.labels < 0
     if given.text is not None and dropped is None:
         return Condition(text=given.text, mask=given.mask)
-    if given.text is None and dropped is not None and not (dropped.is_cuda or bool(dropped.all())):
+    if given.text is None and dropped is not None and dropped.device.type == "cpu" and not bool(dropped.all()):
         raise ConfigError("condition.labels", "without text", "this flow is conditioned on text.", "Give Condition(text=...).")
     if null is None:
         raise ConfigError("condition.text", None, "the null text is not known.", "Call Flow.set_null(text), or give Condition(text=...).")

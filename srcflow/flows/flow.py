@@ -88,8 +88,8 @@ class Flow(nn.Module, metaclass=Recorded):
             ours = (self.channels, self.grid)
             raise ConfigError("flow.denoiser", (denoiser.channels, denoiser.grid), f"channels and grid differ from the blocks' {ours}.")
         self.self_denoiser = denoiser
-        trunks: list[Trunk] = [*blocks, *([] if denoiser is None else [denoiser])]
-        kinds = {b.conditioner.kind for b in trunks if b.conditioner is not None}
+        trunks = self._trunks()
+        kinds = {t.conditioner.kind for t in trunks if t.conditioner is not None}
         if len(kinds) > 1:
             raise ConfigError("flow.blocks", sorted(kinds), "blocks read different kinds of condition.")
         self.kind: Kind | None = next(iter(kinds), None)
@@ -137,11 +137,9 @@ class Flow(nn.Module, metaclass=Recorded):
         self.null_mask = None if mask is None else mask.detach().clone().to(device)
 
     def prepare_state(self, state: Mapping[str, Tensor]) -> None:
-        """Make room for the null text that a state dict holds; called before it is loaded."""
-        for name in ("null_text", "null_mask"):
+        """Make room for what only some state dicts hold: the null text, and the prior's variance. Called before one is loaded."""
+        for name in ("null_text", "null_mask", *(["prior_var"] if self.learn_prior else [])):
             setattr(self, name, torch.empty_like(state[name], device=self.prior_std.device) if name in state else None)
-        if "prior_var" not in state:  # written before the flow kept it
-            self.prior_var = None
 
     def resolve(self, condition: Condition | None, batch: int) -> Condition | None:
         """The condition with every null filled in, for `batch` rows; None for an unconditional flow.
@@ -334,7 +332,9 @@ class Flow(nn.Module, metaclass=Recorded):
         """
         if not self.learn_prior:
             raise ConfigError("flow.learn_prior", self.learn_prior, "this flow's prior is standard normal.", "Set learn_prior: true.")
-        self.prior_var = variance.detach().clone().to(self.prior_std)
+        if self.prior_var is None:  # see prepare_state
+            self.prior_var = torch.empty_like(self.prior_std)
+        self.prior_var.copy_(variance)
         self.prior_std.copy_(variance.sqrt())
 
     def set_checkpointing(self, every: int) -> None:

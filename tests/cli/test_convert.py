@@ -13,9 +13,12 @@ from torch import Tensor
 
 from srcflow import Pipeline, artifacts, convert, presets
 from srcflow.autoencoders.pixels import PixelPatches
+from srcflow.autoencoders.vit_decoder import ViTDecoder
 from srcflow.cli import main
 from srcflow.cli.convert import values_of
 from srcflow.convert.files import read_statistics, starflow_arguments
+from srcflow.encoders.base import Encoder
+from srcflow.encoders.dinov2 import DINOv2
 from srcflow.errors import ArtifactError
 from srcflow.flows.flow import Flow
 from srcflow.testing import perturb
@@ -222,3 +225,80 @@ def test_statistics_may_lack_a_mean(tmp_path: Path) -> None:
     torch.save({"mean": torch.ones(3)}, tmp_path / "stat.pt")
     with pytest.raises(ArtifactError, match="mean and var"):
         read_statistics(tmp_path / "stat.pt")
+
+
+def test_rae_from_its_released_pieces_and_back_in_every_format(tmp_path: Path) -> None:
+    """The decoder's file, a folder of the hub with the encoder, and stat.pt; then RAE's files, which convert to the same again."""
+    tensors = load_file(REFERENCE / "rae_dinov2.safetensors")
+    state = published("rae_dinov2")
+    torch.save({k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")}, tmp_path / "decoder.pt")
+    start = "encoder.encoder."
+    (tmp_path / "dinov2").mkdir()
+    save_file({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}, tmp_path / "dinov2" / "model.safetensors")
+    torch.save({"mean": tensors["in.stat_mean"], "var": tensors["in.stat_var"]}, tmp_path / "stat.pt")
+    heads = ["--set", "encoder_heads=4", "decoder.heads=4"]
+    whole = [
+        "convert",
+        "rae",
+        str(tmp_path / "decoder.pt"),
+        "--encoder",
+        str(tmp_path / "dinov2"),
+        "--statistics",
+        str(tmp_path / "stat.pt"),
+    ]
+    main([*whole, *heads, "--out", str(tmp_path / "rae")])
+    autoencoder = Pipeline.from_pretrained(tmp_path / "rae").autoencoder
+    raw, grid = autoencoder.features(tensors["in.image_u8"].float() / 255)
+    latent = autoencoder.normalize(raw)
+    torch.testing.assert_close(latent.mT.reshape(1, 48, 16, 16), tensors["out.latent"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(autoencoder.decode(latent, grid), tensors["out.image"], atol=1e-5, rtol=0)
+
+    main(["export", "--pipeline", str(tmp_path / "rae"), "--format", "rae", "--out", str(tmp_path / "back")])
+    back = torch.load(tmp_path / "back" / "decoder.pt", weights_only=True)
+    assert all(torch.equal(v, state[f"decoder.{k}"]) for k, v in back.items())
+    stat = torch.load(tmp_path / "back" / "stat.pt", weights_only=True)
+    assert torch.equal(stat["var"], tensors["in.stat_var"])
+    again = ["convert", "rae", str(tmp_path / "back" / "rae.pt"), "--statistics", str(tmp_path / "back" / "stat.pt")]
+    main([*again, *heads, "--out", str(tmp_path / "again")])
+    files = [(tmp_path / name / artifacts.MODEL).read_bytes() for name in ("rae", "again")]
+    assert files[0] == files[1]
+
+    main(["convert", "rae_decoder", str(tmp_path / "back" / "decoder.pt"), "--set", "heads=4", "--out", str(tmp_path / "d")])
+    decoder = artifacts.load(tmp_path / "d", ViTDecoder)
+    assert all(torch.equal(v, autoencoder.decoder.state_dict()[k]) for k, v in decoder.state_dict().items())
+    main(["convert", "encoder", str(tmp_path / "dinov2"), "--set", "encoder_heads=4", "--out", str(tmp_path / "e")])
+    encoder = artifacts.load(tmp_path / "e", Encoder)
+    assert torch.equal(encoder(tensors["in.image_u8"].float() / 255)[0], raw)
+
+
+def test_rae_through_a_folder_of_diffusers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = DINOv2(image_size=224, weights=None, timm_args={"embed_dim": 64, "depth": 1, "num_heads": 1})
+    state = {f"encoder.{k}": v for k, v in convert.to_transformers(convert.encoder(convert.to_transformers(encoder))).items()}
+    decoder = perturb(ViTDecoder(64, dim=32, depth=1, heads=2, mlp_dim=64, patch=4, grid=16))
+    # a table of the published size, of which diffusers' folders keep the whole
+    state["encoder.embeddings.position_embeddings"] = torch.randn(1, 1 + 37 * 37, 64)
+    state |= {f"decoder.{k}": v for k, v in convert.to_rae_decoder(decoder).items()}
+    torch.save(state, tmp_path / "rae.pt")
+    main(["convert", "rae", str(tmp_path / "rae.pt"), "--set", "decoder.heads=2", "--out", str(tmp_path / "rae")])
+    main(["export", "--pipeline", str(tmp_path / "rae"), "--format", "diffusers", "--out", str(tmp_path / "folder")])
+    main(["convert", "rae_diffusers", str(tmp_path / "folder"), "--out", str(tmp_path / "again")])
+    x = torch.rand(1, 3, 256, 256)
+    outputs = []
+    for name in ("rae", "again"):
+        autoencoder = Pipeline.from_pretrained(tmp_path / name).autoencoder
+        raw, grid = autoencoder.features(x)
+        outputs.append((raw, autoencoder.decode(autoencoder.normalize(raw), grid)))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    torch.testing.assert_close(outputs[1][1], outputs[0][1], atol=1e-4, rtol=0)
+
+
+def test_an_image_flow_of_other_channels_gets_no_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    state, _ = convert.to_tarflow(perturb(presets.tarflow(4, 12, 64, 1, 1)), in_channels=12)
+    torch.save(state, tmp_path / "w.pth")
+    main(["convert", "tarflow", str(tmp_path / "w.pth"), "--set", "in_channels=12", "--out", str(tmp_path / "flow")])
+    assert not (tmp_path / "flow" / "autoencoder").exists()
+    assert "in_channels = 0" in fails(
+        ["export", "--pipeline", str(tmp_path / "flow"), "--format", "tarflow", "--in_channels", "0", "--out", str(tmp_path / "x")], capsys
+    )

@@ -580,3 +580,15 @@ def test_a_learned_prior_written_without_its_variance_is_read(tmp_path: Path) ->
     torch.testing.assert_close(again.prior_variance, torch.full_like(again.prior_std, 2.7))
     with pytest.raises(ConfigError, match="learn_prior"):
         FLOWS["tarflow"]().set_prior(again.prior_std)
+    old = artifacts.load(place, Flow)
+    artifacts.load_state(old, flow.state_dict(), what="a newer one")
+    assert torch.equal(old.prior_variance, torch.full_like(old.prior_std, 3.0))
+
+
+def test_the_prior_moves_in_place() -> None:
+    """What holds on to the buffer (an average, DDP) sees it move."""
+    flow = perturb(FLOWS["tarflow-volume-preserving"]())
+    before = flow.prior_var
+    flow.update_prior(torch.zeros(2, *flow.prior_std.shape))
+    assert flow.prior_var is before
+    torch.testing.assert_close(before, 0.9 * torch.ones_like(before))
