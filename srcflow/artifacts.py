@@ -152,6 +152,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{file} cannot be read: {e}.") from e
 
 
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of any device and layout to a safetensors file."""
+    save_file(_plain(tensors), str(file))
+
+
 def check(path: str | os.PathLike[str]) -> Path:
     """The directory as a Path, if it is a complete artifact.
 

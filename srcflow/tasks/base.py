@@ -24,13 +24,13 @@ import srcflow
 from srcflow import artifacts, noise
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, full, like, trained
-from srcflow.callbacks.non_finite import NonFiniteGuard
+from srcflow.callbacks.non_finite import BadStep, NonFiniteGuard
 from srcflow.data.manifest import weights_hash
 from srcflow.datamodules.base import DataModule, TrainingLoader
 from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
 from srcflow.registry import build, spec_of
-from srcflow.tasks import resume
+from srcflow.tasks import dump, examination, resume
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.report import table, write_metrics
 from srcflow.types import Batch, Grid
@@ -71,7 +71,8 @@ class Task(L.LightningModule):
         self.optimization, self.seed, self.artifact, self.metrics_file = optimization, seed, artifact, metrics_file
         self.weights: Weights = weights
         self.outside: dict[str, nn.Module] = {}
-        self.guard = NonFiniteGuard(optimization.gradient_clip, optimization.max_bad_steps)
+        self.guard = NonFiniteGuard(optimization.gradient_clip, optimization.max_bad_steps, optimization.dump_bad_steps)
+        self.replaying = False
         self._built_on: dict[str, dict[str, str]] = {}
         self._raw_state: dict[str, Tensor] | None = None
         self._evaluated: Weights | None = None
@@ -104,8 +105,11 @@ class Task(L.LightningModule):
 
     @property
     def restoring(self) -> bool:
-        """Whether this run starts from a checkpoint, which then holds every statistic of the product; known from `on_fit_start` on."""
-        return self._trainer is not None and self._trainer.ckpt_path is not None
+        """Whether this run starts from a checkpoint, which then holds every statistic of the product; known from `on_fit_start` on.
+
+        Also where `srcflow replay` makes a step again.
+        """
+        return self.replaying or (self._trainer is not None and self._trainer.ckpt_path is not None)
 
     # --- Lightning's hooks -----------------------------------------------------------------------------------------------------
 
@@ -226,6 +230,15 @@ class Task(L.LightningModule):
 
     def moving(self) -> dict[str, Tensor]:
         """What every batch changes, not only every optimizer step, by its name in `state_dict`."""
+        return {}
+
+    def on_bad_step(self, step: BadStep) -> str:
+        """Undo what the batches of a dropped step changed, and say what was wrong with them (see `callbacks.non_finite.Examines`)."""
+        examination.restore(self, self._before_window)
+        return dump.account(self, step)
+
+    def statistics_of(self, batch: Any) -> dict[str, dict[str, Tensor]]:
+        """What tells where a training batch is extreme: `blocks`, a number per block by name, and `samples`, one per sample; or nothing."""
         return {}
 
     def on_train_end(self) -> None:

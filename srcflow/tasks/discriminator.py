@@ -31,6 +31,8 @@ class Discriminator:
         self.adversarial, self.optimization = adversarial, optimization
         self.optimizer = optimization.optimizer(adversarial.parameters())
         self.skipped = self.in_a_row = 0
+        self.paused = False
+        self._losses: list[Tensor] = []
 
     def update(
         self, real: Tensor, fake: Tensor, *, rate: float, share: float, finish: bool, generator: torch.Generator | None = None
@@ -46,31 +48,36 @@ class Discriminator:
             generator: of the augmentation.
 
         Returns:
-            Numbers for logging.
+            Numbers for logging; none while `paused`, when nothing happens.
 
         Raises:
             NonFiniteError: too many steps in a row had to be dropped.
         """
+        if self.paused:
+            return {}
         loss, logs = self.adversarial.discriminator_loss(real, fake, generator=generator)
         with torch.autocast(loss.device.type, enabled=False):
             (loss * share).backward()  # type: ignore[no-untyped-call]  # torch is untyped here
         logs = {**logs, "loss": loss.detach()}
+        self._losses.append(logs["loss"])
         if finish:
             logs["grad_norm"] = self._step(rate)
         return logs
 
     def _step(self, rate: float) -> Tensor:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        loss, self._losses = torch.stack(self._losses).sum(), []
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce(p.grad)
                 p.grad.div_(dist.get_world_size())
+            dist.all_reduce(loss)  # what is not finite on one rank is so on all
         clip = self.optimization.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if bool(torch.isfinite(norm)):
+        if bool(torch.isfinite(norm) & torch.isfinite(loss)):
             self.optimizer.step()
             self.in_a_row = 0
         else:
@@ -78,7 +85,7 @@ class Discriminator:
             self.in_a_row += 1
             if self.in_a_row >= self.optimization.max_bad_steps:
                 raise NonFiniteError(
-                    f"{self.in_a_row} steps of the discriminator in a row had a non-finite gradient. Lower "
+                    f"{self.in_a_row} steps of the discriminator in a row had a non-finite loss or gradient. Lower "
                     "discriminator.learning_rate, or check the data; discriminator.max_bad_steps is the limit."
                 )
         self.optimizer.zero_grad(set_to_none=True)

@@ -29,6 +29,7 @@ from srcflow.solvers.base import Solver
 from srcflow.statistics import Moments
 from srcflow.tasks.base import Task, Weights
 from srcflow.tasks.flow_evaluation import STANDARD, Evaluation, FlowEvaluator
+from srcflow.tasks.flow_extremes import extremes
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.reconstruction import check_judge
 from srcflow.types import NULL_LABEL, Batch, BlockOutput, Condition, FlowOutput
@@ -300,6 +301,10 @@ class FlowTask(Task):
     def moving(self) -> dict[str, Tensor]:
         """The learned prior's running average."""
         return {f"flow.{k}": v for k, v in self.flow.named_buffers() if k in ("prior_std", "prior_var")} if self.flow.learn_prior else {}
+
+    def statistics_of(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """See `Task.statistics_of`, and `flow_extremes.extremes`."""
+        return extremes(self, batch)
 
     def _denoiser_loss(self, codes: Tensor, condition: Condition | None, z: Tensor, logdet: Tensor) -> Tensor:
         """Mean squared error of the denoiser's prediction against -s grad log p(x), about the unit noise (E20); trains nothing else."""

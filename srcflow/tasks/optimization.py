@@ -43,6 +43,8 @@ class Optimization:
         decay: which parameters decay: "all" (published recipes), or "matrices", those with at least two dimensions.
         gradient_clip: largest global norm of a gradient; null: not clipped. Set it here, not in trainer.gradient_clip_val.
         max_bad_steps: a step with a non-finite loss or gradient is skipped; this many in a row end the run.
+        dump_bad_steps: so many of the run's first skipped steps are written to the disk, for `srcflow replay`; the one that ends the run
+            is in any case.
     """
 
     learning_rate: float = 2e-4
@@ -53,6 +55,7 @@ class Optimization:
     decay: Literal["all", "matrices"] = "all"
     gradient_clip: float | None = 1.0
     max_bad_steps: int = 20
+    dump_bad_steps: int = 0
 
     def __post_init__(self) -> None:
         problems, key = Problems(), "optimization"
@@ -76,6 +79,8 @@ class Optimization:
             problems.add(ConfigError(f"{key}.gradient_clip", self.gradient_clip, "must be positive.", "Write null for no clipping."))
         if self.max_bad_steps < 1:
             problems.add(ConfigError(f"{key}.max_bad_steps", self.max_bad_steps, "must be at least 1."))
+        if self.dump_bad_steps < 0:
+            problems.add(ConfigError(f"{key}.dump_bad_steps", self.dump_bad_steps, "must not be negative.", "Write 0 for none."))
         problems.raise_if_any()
 
     def learning_rate_at(self, step: int, total: int) -> float:

@@ -83,6 +83,10 @@ class ReconstructionTask(Task):
             problems.add(ConfigError("perceptual_from", perceptual_from, "a step is not negative."))
         if pixel_kind not in ("l1", "l2"):
             problems.add(ConfigError("pixel_kind", pixel_kind, "unknown.", 'Write "l1" or "l2".'))
+        if discriminator.dump_bad_steps:
+            why = "only steps of the task's own optimizer are dumped."
+            cure = "Set optimization.dump_bad_steps."
+            problems.add(ConfigError("discriminator.dump_bad_steps", discriminator.dump_bad_steps, why, cure))
         if statistics_batches is not None and statistics_batches < 1:
             problems.add(ConfigError("statistics_batches", statistics_batches, "must be at least 1.", "Write null for the whole set."))
         if adversarial is not None and adversarial.weight > 0 and pixel_weight == 0:
