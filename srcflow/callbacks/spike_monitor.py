@@ -16,7 +16,8 @@ from srcflow.errors import ConfigError
 DEVIATION = 1.4826
 """Standard deviation of a normal law in units of its median absolute deviation."""
 FLOOR = 1e-3
-"""Least deviation that is assumed: this share of the median's size (of a gradient norm: this ratio)."""
+"""Least deviation that is assumed, as a share of the median."""
+TINY = 1e-30
 
 
 class SpikeWarning(UserWarning):
@@ -32,23 +33,25 @@ class Jumps:
     Args:
         window: how many values are kept.
         threshold: in deviations.
+        ratios: judge positive values by their logarithm.
 
     >>> jumps = Jumps(window=8, threshold=6.0)
     >>> [jumps.height(x) > 6 for x in (1.0, 1.1, 0.9, 1.0, 1.1, 9.0, 1.0)]
     [False, False, False, False, False, True, False]
     """
 
-    def __init__(self, window: int, threshold: float) -> None:
-        self.threshold = threshold
+    def __init__(self, window: int, threshold: float, ratios: bool = False) -> None:
+        self.threshold, self.ratios = threshold, ratios
         self.kept: deque[float] = deque(maxlen=window)
         self.count = 0
 
     def height(self, value: float) -> float:
         """How many deviations a value lies above the median of those before it (0 until half of the window is there); keeps it."""
+        value = math.log(max(value, TINY)) if self.ratios else value
         found = 0.0
         if 2 * len(self.kept) >= (self.kept.maxlen or 0):
             middle = median(self.kept)
-            spread = max(DEVIATION * median(abs(x - middle) for x in self.kept), FLOOR * max(abs(middle), 1e-6))
+            spread = max(DEVIATION * median(abs(x - middle) for x in self.kept), FLOOR * (1.0 if self.ratios else abs(middle)), TINY)
             found = (value - middle) / spread
         self.kept.append(value)
         self.count += found > self.threshold
@@ -74,7 +77,7 @@ class SpikeMonitor(L.Callback):
             raise ConfigError("spike_monitor.window", window, "a spread needs at least 4 values.")
         if not threshold > 0:
             raise ConfigError("spike_monitor.threshold", threshold, "must be positive.")
-        self.jumps = {"loss": Jumps(window, threshold), "grad_norm": Jumps(window, threshold)}
+        self.jumps = {"loss": Jumps(window, threshold), "grad_norm": Jumps(window, threshold, ratios=True)}
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -99,7 +102,7 @@ class SpikeMonitor(L.Callback):
 
     def _judge(self, name: str, value: float, step: int) -> None:
         jumps = self.jumps[name]
-        height = jumps.height(math.log(max(value, 1e-30)) if name == "grad_norm" else value)
+        height = jumps.height(value)
         if height > jumps.threshold:
             rank_zero_warn(
                 f"optimizer step {step}: train/{name} jumped to {value:.4g}, {height:.3g} deviations above the median of the last "
