@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from srcflow.callbacks.ema import EMA
-from srcflow.callbacks.non_finite import NonFiniteGuard
-from srcflow.errors import NonFiniteError
+from srcflow.callbacks.non_finite import BadStep, NonFiniteGuard
+from srcflow.errors import ConfigError, NonFiniteError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning", "ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::srcflow.callbacks.non_finite.NonFiniteWarning"),
 ]
 
 
@@ -118,3 +119,71 @@ def test_the_counters_survive_a_checkpoint() -> None:
     other = NonFiniteGuard()
     other.load_state_dict(guard.state_dict())
     assert (other.skipped, other.in_a_row) == (5, 2)
+
+
+class Examined(Weight):
+    """Keeps what it is told of bad steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[BadStep] = []
+
+    def on_bad_step(self, step: BadStep) -> str:
+        self.told.append(step)
+        return "It was the weather."
+
+
+def fit(path: Path, model: L.LightningModule, guard: NonFiniteGuard, rows: list[list[float]], **more: Any) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[guard], default_root_dir=path, **more,
+    )  # fmt: skip
+    trainer.fit(model, torch.utils.data.DataLoader(torch.tensor(rows), batch_size=1))  # type: ignore[arg-type]
+    return trainer
+
+
+@pytest.mark.filterwarnings("error::srcflow.callbacks.non_finite.NonFiniteWarning")
+def test_the_module_is_asked_what_was_wrong(tmp_path: Path) -> None:
+    model, guard = Examined(), NonFiniteGuard(max_bad_steps=2, dump_bad_steps=1)
+    bad = [1.0, 1.0, nan]
+    with (
+        pytest.warns(UserWarning, match=r"step 1 was skipped \(1 in a row, 1 in all\): loss nan, gradient norm .*\. It was the weather\.$"),
+        pytest.raises(NonFiniteError, match=r"2 steps in a row .*optimizer step 4, 3 skipped in all\)\. It was the weather\. Lower"),
+    ):
+        fit(tmp_path, model, guard, [good[0], good[1], bad, good[2], good[0], good[0], bad, bad, bad, bad], accumulate_grad_batches=2)
+    assert [(s.in_a_row, s.skipped, s.dump) for s in model.told] == [(1, 1, True), (1, 2, False), (2, 3, True)]
+    first = model.told[0]
+    assert [i for _, i in first.batches] == [2, 3]
+    assert torch.equal(first.batches[1][0], torch.tensor([good[2]]))
+    assert torch.isnan(first.losses[0])
+    assert torch.isfinite(first.losses[1])
+
+
+def test_the_loss_is_the_mean_over_the_steps_batches(tmp_path: Path) -> None:
+    guard = NonFiniteGuard()
+    fit(tmp_path, Weight(), guard, [[0.0, 0.0, 3.0], [0.0, 0.0, 5.0]], accumulate_grad_batches=2)
+    assert (guard.loss, guard.norm) == (4.0, 0.0)
+
+
+def test_a_good_step_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way of a number to the host is counted while the guard looks at a step."""
+    waits: list[str] = []
+    for name in ("tolist", "item", "__bool__", "__float__"):
+        plain = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, *a, name=name, plain=plain: (waits.append(name), plain(self, *a))[1])
+
+    class Counted(NonFiniteGuard):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            waits.clear()
+            super().on_before_optimizer_step(*args)
+            counts.append(list(waits))
+
+    counts: list[list[str]] = []
+    fit(tmp_path, Weight(), Counted(), good)
+    assert counts == [["tolist"]] * 3
+
+
+def test_settings_that_cannot_be() -> None:
+    for settings in ({"max_bad_steps": 0}, {"dump_bad_steps": -1}):
+        with pytest.raises(ConfigError, match=f"{next(iter(settings))} = "):
+            NonFiniteGuard(**settings)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from srcflow import artifacts
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.callbacks.ema import EMA
+from srcflow.callbacks.non_finite import NonFiniteWarning
 from srcflow.compressors.identity import Identity
 from srcflow.compressors.linear import Linear as LinearCompressor
 from srcflow.errors import ArtifactError, ConfigError, NonFiniteError, SrcflowError
@@ -287,7 +288,10 @@ def test_non_finite_steps_are_skipped_counted_and_fatal(codec: str, tmp_path: Pa
         return codes * float("nan") if purpose == "train" else codes
 
     task.codes = poisoned  # type: ignore[method-assign]
-    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+    said = pytest.warns(
+        NonFiniteWarning, match=r"step [01] was skipped .*The codes of samples .* and 12 more are not finite, before the flow"
+    )
+    with said, pytest.raises(NonFiniteError, match="3 steps in a row"):
         trainer(tmp_path, steps=10).fit(task, SquaresData())
     assert task.guard.skipped == 3
     assert all(torch.isfinite(p).all() for p in flow.parameters())
