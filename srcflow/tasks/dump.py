@@ -158,6 +158,7 @@ def _clear(path: Path) -> None:
 
 
 def _write_rank(path: Path, rank: int, step: BadStep, findings: list[examination.Finding], name: Callable[[int], str]) -> None:
+    path.mkdir(parents=True, exist_ok=True)  # on a node with a disk of its own
     tensors: dict[str, Tensor] = {}
     rows = []
     for i, ((batch, number), finding) in enumerate(zip(step.batches, findings, strict=True)):

@@ -29,8 +29,8 @@ from srcflow.testing import perturb
 SAMPLES, POISONED = 48, 29
 
 
-def prepare(root: Path) -> None:
-    """A codec of pixel patches, and a store of its features; one of them is spoiled."""
+def prepare(root: Path, spoiled: bool = True) -> None:
+    """A codec of pixel patches, and a store of its features, one of them spoiled or not."""
     codec = PixelPatches(8, 4)
     artifacts.save(root / "codec", codec)
     images = torch.randint(0, 256, (SAMPLES, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -40,14 +40,15 @@ def prepare(root: Path) -> None:
         root / "store", n=SAMPLES, tokens=features.shape[1], dim=features.shape[2], image_size=(8, 8), dtype="float32", manifest=facts
     ) as w:
         w.write(torch.arange(SAMPLES), features, images, torch.arange(SAMPLES) % 3, [f"key{i}" for i in range(SAMPLES)])
-    np.load(root / "store" / "features.npy", mmap_mode="r+")[POISONED, 1, 2] = np.nan
+    if spoiled:
+        np.load(root / "store" / "features.npy", mmap_mode="r+")[POISONED, 1, 2] = np.nan
 
 
-def make(root: Path, seed: int = 0, **optimization: Any) -> FlowTask:
-    """A flow whose prior is learned, not fresh (heads start at zero)."""
+def make(root: Path, seed: int = 0, learn_prior: bool = True) -> FlowTask:
+    """A flow, not fresh (heads start at zero), with a learned prior or with log-scales."""
     torch.manual_seed(seed)
-    flow = perturb(presets.tarflow((2, 2), 48, 32, 2, [1, 2], head_dim=16, num_classes=3, volume_preserving=True))
-    return FlowTask(flow, str(root / "codec"), label_dropout=0.5, seed=7, optimization=Optimization(2e-3, dump_bad_steps=1, **optimization))
+    flow = perturb(presets.tarflow((2, 2), 48, 32, 2, [1, 2], head_dim=16, num_classes=3, volume_preserving=learn_prior))
+    return FlowTask(flow, str(root / "codec"), label_dropout=0.5, seed=7, optimization=Optimization(2e-3, dump_bad_steps=1))
 
 
 class Watch(L.Callback):
@@ -88,15 +89,16 @@ class Watch(L.Callback):
         self.changed.append(changed)
 
 
-def fit(root: Path, watch: Watch, **more: Any) -> FlowTask:
+def fit(root: Path, *callbacks: L.Callback, task: FlowTask | None = None, ckpt: Path | None = None, seed: int = 0, **more: Any) -> FlowTask:
     """One epoch or less."""
-    task = make(root)
+    task = make(root) if task is None else task
     settings: dict[str, Any] = {"devices": 1, "max_steps": 3, "max_epochs": 1, **more}
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[EMA(0.5), watch], default_root_dir=root, num_sanity_val_steps=0, limit_val_batches=0, **settings,
+        callbacks=[EMA(0.5), *callbacks], default_root_dir=root, num_sanity_val_steps=0, limit_val_batches=0, **settings,
     )  # fmt: skip
-    trainer.fit(task, datamodule=FeatureStore(str(root / "store"), batch_size=8, num_classes=3, with_images=False))
+    data = FeatureStore(str(root / "store"), batch_size=8, num_classes=3, with_images=False, seed=seed)
+    trainer.fit(task, datamodule=data, ckpt_path=ckpt, weights_only=True)
     return task
 
 
