@@ -81,7 +81,7 @@ def examine(task: Task, batch: Any, batch_idx: int, backward: Callable[[Tensor],
     finding: Finding = {"loss": float(loss.detach()), "terms": {k: v for k, v in terms.items() if k.startswith("train/")}}
     if isinstance(batch, Mapping) and isinstance(batch.get("indices"), Tensor):
         finding["indices"] = batch["indices"].tolist()
-    return {**finding, **{kind: {k: v.double().tolist() for k, v in values.items()} for kind, values in seen.items()}}
+    return {**finding, **{kind: {k: v.tolist() for k, v in values.items()} for kind, values in seen.items()}}
 
 
 def verdict(finding: Finding, name: Callable[[int], str] = str) -> tuple[tuple[int, float], str]:

@@ -45,13 +45,15 @@ def dump_of(root: Path, step: int) -> dumps.Dump:
     return dumps.read(root / f"nonfinite-step{step:06d}")
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_with_a_spoiled_sample_leaves_nothing_behind_and_is_made_again(accumulate: int, parts: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("accumulate", "precision"), [(1, "32-true"), (2, "32-true"), (1, "bf16-mixed")])
+def test_a_step_with_a_spoiled_sample_leaves_nothing_behind_and_is_made_again(
+    accumulate: int, precision: str, parts: Any, tmp_path: Path
+) -> None:
     """48 samples in 6 batches; under accumulation the other batch of the step is sound, and its part in the learned prior is undone."""
     parts.prepare(tmp_path)
     watch = parts.Watch(dumped=0)
     with pytest.warns(NonFiniteWarning) as said:
-        task = parts.fit(tmp_path, watch, max_steps=6, accumulate_grad_batches=accumulate)
+        task = parts.fit(tmp_path, watch, max_steps=6, accumulate_grad_batches=accumulate, precision=precision)
     assert [bool(c) for c in watch.changed].count(False) == 1
     bad = [bool(c) for c in watch.changed].index(False)
     for changed in (c for c in watch.changed if c):  # what a good step changes
