@@ -1,4 +1,4 @@
-"""One training step of a flow's configuration with bfloat16 weights: `python tools/bench_step.py [CONFIG] [--batch-size 1] [--ema bfloat16]`.
+"""One training step of a flow's configuration with bfloat16 weights: `python tools/bench_step.py [CONFIG] [--batch-size 1]`.
 
 Forward, backward, gradient clipping, AdamW and the moving average, as the configuration has them, on random codes (no codec, no data):
 a proof that the model trains on a machine of that size, not a way to train it. Weights, gradients and AdamW's moments are bfloat16, which
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         count = sum(p.numel() for p in task_of(str(args.config)).parameters())
     wide = getattr(torch, args.ema)
     needed = count * (8 + torch.finfo(wide).bits // 8) + 1.5 * GB
-    print(f"{count:,} parameters; needs about {needed / GB:.1f} GB, {available() / GB:.1f} GB are available; {torch.get_num_threads()} threads")
+    print(f"{count:,} parameters, {torch.get_num_threads()} threads; needs about {needed / GB:.1f} GB, {available() / GB:.1f} GB are there")
     print(f"torch {torch.__version__}, revision {artifacts.revision()}", flush=True)
     if available() < needed + 1 * GB:
         print("error: not enough memory is free.", file=sys.stderr)

@@ -29,7 +29,7 @@ def recomputed(function: Callable[..., T], *tensors: Tensor) -> T:
     """
     if not torch.is_grad_enabled():
         return function(*tensors)
-    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]  # torch is untyped here
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 class Layer(nn.Module):
