@@ -104,9 +104,10 @@ def stage_of(content: Mapping[str, Any], files: list[str], stages: list[str]) ->
     in the run's own folder or a folder beside it.
 
     Raises:
-        ConfigError: the compressor's autoencoder cannot be found.
+        ConfigError: the compressor's autoencoder cannot be found, or the parts do not fit each other.
     """
     from srcflow.autoencoders.base import Autoencoder
+    from srcflow.chain import check_chain
     from srcflow.compressors.base import Compressor
     from srcflow.compressors.identity import Identity
     from srcflow.datamodules.feature_store import FeatureStore
@@ -137,8 +138,10 @@ def stage_of(content: Mapping[str, Any], files: list[str], stages: list[str]) ->
             autoencoder, compressor = product, Identity(product.dim)
         elif isinstance(product, Compressor) and place is not None:
             autoencoder, compressor = cast("Autoencoder | None", earlier.part(place, "autoencoder")), product
-        if autoencoder is None:
-            compressor = None
+        if autoencoder is not None and compressor is not None:
+            check_chain(autoencoder, compressor, task.flow)
+        else:
+            autoencoder = compressor = None
             earlier.notes.append(
                 f"model.codec = {task.codec!r} is no directory, and no configuration at hand writes it: encoder and compressor are "
                 "not counted. Name the ones that do: --stages FILE FILE."

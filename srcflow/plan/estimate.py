@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from srcflow.autoencoders.base import Autoencoder
 from srcflow.errors import ConfigError, Problems
 from srcflow.plan.flops import count_flops
 from srcflow.plan.hardware import Accelerator
 from srcflow.plan.memory import Lasting, Like, Passing, largest_wraps, lasting, passing
 from srcflow.plan.step import Stage
+from srcflow.tasks.autoencoder import AutoencoderTask
 from srcflow.tasks.flow import FlowTask
 
 STORED_BITS = 16
@@ -182,8 +182,8 @@ def _disk(stage: Stage, run: Run, rests: Lasting, images: int | None) -> dict[st
         "checkpoints": None if run.kept is None else run.kept * checkpoint,
         "artifact": product + (trained if run.averages else 0),
     }
-    autoencoder = stage.autoencoder if stage.autoencoder is not None else getattr(stage.task, "autoencoder", None)
-    if isinstance(autoencoder, Autoencoder) and getattr(autoencoder, "encoder", None) is not None:
+    autoencoder = stage.task.autoencoder if isinstance(stage.task, AutoencoderTask) else stage.autoencoder
+    if autoencoder is not None and getattr(autoencoder, "encoder", None) is not None:
         rows, columns = autoencoder.grid
         height, width = autoencoder.image_size
         row = rows * columns * autoencoder.dim * STORED_BITS // 8 + 3 * height * width + 9  # features, image, label and flip flag

@@ -1,0 +1,119 @@
+"""Peak memory of a flow's training step, measured, beside what `srcflow plan` says: `python tools/bench_memory.py [CONFIG ...]`.
+
+Two steps (forward, backward, AdamW, moving average) on random codes, without codec and data, with float32 weights and autocast to bfloat16,
+each case in a process of its own. On a GPU the peak is what PyTorch's allocator gave out; on the CPU the growth of the process's largest
+resident size since before the model was built, in which the CPU's kernels' own buffers are included. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from srcflow import artifacts
+from srcflow.cli import load_parts
+from srcflow.cli.export import task_of
+from srcflow.flows.likelihood import nll_per_dim
+from srcflow.plan.memory import lasting, passing
+from srcflow.plan.step import Stage
+from srcflow.tasks.flow import FlowTask
+from srcflow.types import Condition
+
+FLOWS = Path(__file__).resolve().parents[1] / "configs/flow"
+SIZES = [FLOWS / f"imagenet256_dinov2b_src32_{size}.yaml" for size in "sbl"]
+
+
+def flow_task(config: Path) -> FlowTask:
+    """The configuration's task."""
+    task = task_of(str(config))
+    if not isinstance(task, FlowTask):
+        raise SystemExit(f"{config} trains no flow.")
+    return task
+
+
+def resident() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(config: Path, every: int, batch: int, mixed: bool, device: str) -> dict[str, float]:
+    """Peak bytes above what the process had before, and seconds of the second step."""
+    torch.manual_seed(0)
+    torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device))  # what the libraries set up for themselves
+    before = resident()
+    task = flow_task(config)
+    flow = task.flow.to(device)
+    flow.set_checkpointing(every)
+    optimizer = task.optimization.optimizer(flow.parameters())
+    average = [p.detach().clone() for p in flow.parameters()]
+    codes = torch.randn(batch, flow.grid[0] * flow.grid[1], flow.channels, device=device)
+    condition = Condition(labels=torch.arange(batch, device=device) % flow.num_classes) if flow.num_classes else None
+    seconds = 0.0
+    for _ in range(2):  # the first makes the optimizer's state
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16) if mixed else nullcontext():
+            loss = nll_per_dim(flow(codes, condition)).mean()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, [p.detach() for p in flow.parameters()], weight=1e-4)
+        float(loss.detach())  # waits for a GPU
+        seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident() - before
+    return {"peak": float(peak), "seconds": seconds}
+
+
+def predict(config: Path, every: int, batch: int, mixed: bool, device: str) -> float:
+    """The same peak according to `srcflow.plan`."""
+    with torch.device("meta"):
+        task = flow_task(config)
+    task.flow.set_checkpointing(every)
+    rests = lasting(Stage(task), 1)
+    found = passing(Stage(task), batch, mixed=mixed, like="cuda" if device == "cuda" else "cpu")
+    fixed = rests.weights + rests.optimizer + rests.ema + rests.frozen
+    return fixed + max(found.peak, rests.gradients + (rests.weights if device == "cuda" else 0))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure every case in a process of its own, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("configs", nargs="*", type=Path, default=SIZES, help="runs of flows; default: S, B and L on ImageNet")
+    parser.add_argument("--batch-size", type=int, default=4, help="images per step")
+    parser.add_argument("--precision", choices=["bf16-mixed", "32-true"], default="bf16-mixed")
+    parser.add_argument("--checkpoint-every", type=int, nargs="+", default=[0, 2, 1], help="cases of each configuration")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a case, in this process
+    args = parser.parse_args(argv)
+    device, mixed = "cuda" if torch.cuda.is_available() else "cpu", args.precision == "bf16-mixed"
+    load_parts()
+    if args.one:
+        print(json.dumps(measure(args.configs[0], args.checkpoint_every[0], args.batch_size, mixed, device)))
+        return 0
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}, revision {artifacts.revision()}, {args.precision}, batch of {args.batch_size}\n")
+    print("| run | checkpoint_every | measured GB | planned GB | planned / measured | seconds per step |\n|---|---|---|---|---|---|")
+    for config in args.configs:
+        for every in args.checkpoint_every:
+            case = [str(config), "--batch-size", str(args.batch_size), "--precision", args.precision, "--checkpoint-every", str(every)]
+            done = subprocess.run([sys.executable, __file__, *case, "--one"], stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                print(f"| {config.stem} | {every} | failed with status {done.returncode} | | | |", flush=True)
+                continue
+            found = json.loads(done.stdout.splitlines()[-1])
+            planned = predict(config, every, args.batch_size, mixed, device)
+            ratio = planned / found["peak"]
+            row = (config.stem, every, f"{found['peak'] / 1e9:.2f}", f"{planned / 1e9:.2f}", f"{ratio:.2f}", f"{found['seconds']:.1f}")
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
