@@ -128,7 +128,7 @@ def test_a_codec_that_is_nowhere_is_noted_and_can_be_named(tmp_path: Path, capsy
     assert named["notes"] == []
     content["model"]["init_args"]["autoencoder"]["init_args"].update(image_size=16)
     other.write_text(yaml.safe_dump(content), encoding="utf-8")
-    with pytest.raises(ConfigError, match="flow.grid"):
+    with pytest.raises(ConfigError, match=r"flow\.grid"):
         main(["--debug", "plan", path, "--stages", str(other)])
 
 
@@ -165,6 +165,12 @@ def test_later_files_and_values_win() -> None:
     assert run_of(made, 16).ranks == 16
 
 
+DDP = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "dict_kwargs": {"gradient_as_bucket_view": True}}
+ALL = {"class_path": "x.ModelCheckpoint", "init_args": {"save_top_k": -1}}
+OFTEN = {"class_path": "x.ModelCheckpoint", "init_args": {"save_top_k": -1, "every_n_train_steps": 10}}
+AVERAGES = {"class_path": "EMA", "init_args": {"decay": [0.9, 0.99]}}
+
+
 @pytest.mark.parametrize(
     ("trainer", "wanted"),
     [
@@ -177,13 +183,13 @@ def test_later_files_and_values_win() -> None:
         ({"accelerator": "cpu"}, {"like": "cpu"}),
         ({"max_steps": -1}, {"steps": None}),
         ({"accumulate_grad_batches": 4}, {"accumulate": 4}),
-        ({"strategy": {"class_path": "lightning.pytorch.strategies.DDPStrategy", "dict_kwargs": {"gradient_as_bucket_view": True}}}, {"bucket_views": True}),
+        ({"strategy": DDP}, {"bucket_views": True}),
         ({"callbacks": []}, {"averages": 0, "kept": 1}),
-        ({"callbacks": [{"class_path": "EMA", "init_args": {"decay": [0.9, 0.99]}}]}, {"averages": 2}),
-        ({"callbacks": [{"class_path": "x.ModelCheckpoint", "init_args": {"save_top_k": -1, "every_n_train_steps": 10}}], "max_steps": 95}, {"kept": 9}),
-        ({"callbacks": [{"class_path": "x.ModelCheckpoint", "init_args": {"save_top_k": -1}}]}, {"kept": None}),
+        ({"callbacks": [AVERAGES]}, {"averages": 2}),
+        ({"callbacks": [OFTEN], "max_steps": 95}, {"kept": 9}),
+        ({"callbacks": [ALL]}, {"kept": None}),
     ],
-)  # fmt: skip
+)
 def test_what_is_read_from_the_trainer(content: dict[str, Any], trainer: dict[str, Any], wanted: dict[str, Any]) -> None:
     changed = copy.deepcopy(content)
     changed["trainer"].update(trainer)
@@ -194,7 +200,7 @@ def test_what_is_read_from_the_trainer(content: dict[str, Any], trainer: dict[st
 def test_what_cannot_be_planned_is_refused(content: dict[str, Any]) -> None:
     changed = copy.deepcopy(content)
     changed["trainer"]["precision"] = "16-mixed"
-    with pytest.raises(ConfigError, match="trainer.precision"):
+    with pytest.raises(ConfigError, match=r"trainer\.precision"):
         run_of(changed, None)
     with pytest.raises(ProblemsError, match="no such file"):
         settings(["nowhere.yaml"], ["trainer.max_steps"])
