@@ -1,19 +1,16 @@
 """Peak memory of a flow's training step, measured, beside what `srcflow plan` says: `python tools/bench_memory.py [CONFIG ...]`.
 
 Two steps (forward, backward, AdamW, moving average) on random codes, without codec and data, with float32 weights and autocast to bfloat16,
-each case in a process of its own. On a GPU the peak is what PyTorch's allocator gave out; on the CPU the growth of the process's largest
-resident size since before the model was built, in which the CPU's kernels' own buffers are included. Prints a Markdown table.
+each case in a process of its own. On a GPU the peak is what PyTorch's allocator gave out; on the CPU (Linux) the growth of the process's
+resident size from before the model was built to its largest, in which the kernels' own buffers are included. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -42,36 +39,34 @@ def flow_task(config: Path) -> FlowTask:
     return task
 
 
-def resident() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def resident(field: str) -> int:
+    """Bytes of this process in memory: now (VmRSS) or at most so far (VmHWM). Linux; getrusage's maximum would begin with the parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def measure(config: Path, every: int, batch: int, mixed: bool, device: str) -> dict[str, float]:
-    """Peak bytes above what the process had before, and seconds of the second step."""
+def measure(config: Path, every: int, batch: int, mixed: bool, device: str) -> int:
+    """Peak bytes above what the process had before."""
     torch.manual_seed(0)
     small = presets.srcflow(grid=16, channels=32, width=64, layers=[1], head_dim=64, num_classes=0).to(device)
     steps(small, torch.optim.AdamW(small.parameters()), 1, mixed, device)  # what the libraries set up for themselves
     del small
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = resident()
+    before = resident("VmRSS") if device == "cpu" else 0
     task = flow_task(config)
     flow = task.flow.to(device)
     flow.set_checkpointing(every)
-    seconds = steps(flow, task.optimization.optimizer(flow.parameters()), batch, mixed, device)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident() - before
-    return {"peak": float(peak), "seconds": seconds}
+    steps(flow, task.optimization.optimizer(flow.parameters()), batch, mixed, device)
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before
 
 
-def steps(flow: Flow, optimizer: torch.optim.Optimizer, batch: int, mixed: bool, device: str) -> float:
-    """Two training steps; seconds of the second."""
+def steps(flow: Flow, optimizer: torch.optim.Optimizer, batch: int, mixed: bool, device: str) -> None:
+    """Two training steps; the first makes the optimizer's state."""
     average = [p.detach().clone() for p in flow.parameters()]
     codes = torch.randn(batch, flow.grid[0] * flow.grid[1], flow.channels, device=device)
     condition = Condition(labels=torch.arange(batch, device=device) % flow.num_classes) if flow.num_classes else None
-    seconds = 0.0
-    for _ in range(2):  # the first makes the optimizer's state
-        start = time.perf_counter()
+    for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16) if mixed else nullcontext():
             loss = nll_per_dim(flow(codes, condition)).mean()
@@ -79,9 +74,6 @@ def steps(flow: Flow, optimizer: torch.optim.Optimizer, batch: int, mixed: bool,
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(average, [p.detach() for p in flow.parameters()], weight=1e-4)
-        float(loss.detach())  # waits for a GPU
-        seconds = time.perf_counter() - start
-    return seconds
 
 
 def predict(config: Path, every: int, batch: int, mixed: bool, device: str) -> float:
@@ -107,11 +99,11 @@ def main(argv: list[str] | None = None) -> int:
     device, mixed = "cuda" if torch.cuda.is_available() else "cpu", args.precision == "bf16-mixed"
     load_parts()
     if args.one:
-        print(json.dumps(measure(args.configs[0], args.checkpoint_every[0], args.batch_size, mixed, device)))
+        print(measure(args.configs[0], args.checkpoint_every[0], args.batch_size, mixed, device))
         return 0
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}, revision {artifacts.revision()}, {args.precision}, batch of {args.batch_size}\n")
-    print("| run | checkpoint_every | measured GB | planned GB | planned / measured | seconds per step |\n|---|---|---|---|---|---|")
+    print("| run | checkpoint_every | measured GB | planned GB | planned / measured |\n|---|---|---|---|---|")
     # glibc gives every larger tensor pages of its own, which go back when it is freed: without holes in the heap
     exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     for config in args.configs:
@@ -119,12 +111,11 @@ def main(argv: list[str] | None = None) -> int:
             case = [str(config), "--batch-size", str(args.batch_size), "--precision", args.precision, "--checkpoint-every", str(every)]
             done = subprocess.run([sys.executable, __file__, *case, "--one"], env=exact, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
-                print(f"| {config.stem} | {every} | failed with status {done.returncode} | | | |", flush=True)
+                print(f"| {config.stem} | {every} | failed with status {done.returncode} | | |", flush=True)
                 continue
-            found = json.loads(done.stdout.splitlines()[-1])
+            peak = int(done.stdout.splitlines()[-1])
             planned = predict(config, every, args.batch_size, mixed, device)
-            ratio = planned / found["peak"]
-            row = (config.stem, every, f"{found['peak'] / 1e9:.2f}", f"{planned / 1e9:.2f}", f"{ratio:.2f}", f"{found['seconds']:.1f}")
+            row = (config.stem, every, f"{peak / 1e9:.2f}", f"{planned / 1e9:.2f}", f"{planned / peak:.2f}")
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
     return 0
 
