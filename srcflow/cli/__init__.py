@@ -25,7 +25,7 @@ TRAINER_COMMANDS = {
     "test": "Evaluate a stage's checkpoint: one table, and metrics.json beside the logs.",
     "predict": "Run a stage's prediction over a data set.",
 }
-COMMANDS = ("sample", "encode", "export", "convert", "replay", "plugins")
+COMMANDS = ("plan", "index", "sample", "encode", "export", "convert", "replay", "plugins")
 TRACEBACK = "SRCFLOW_TRACEBACK"
 OVERVIEW = """usage: srcflow [--help | --version] [--debug] COMMAND [options]
 

@@ -22,7 +22,7 @@ from srcflow.couplings.base import Coupling
 from srcflow.errors import ConfigError, one_of
 from srcflow.flows.conditioners import Conditioner
 from srcflow.flows.positions import Positions
-from srcflow.flows.trunk import Prepared, Trunk
+from srcflow.flows.trunk import Prepared, Trunk, recomputed
 from srcflow.nn.attention import Cache, without_autocast
 from srcflow.nn.mlp import MLPName
 from srcflow.nn.norm import NormName
@@ -137,7 +137,8 @@ class TransformerBlock(Trunk):
             return self._zeros(u, tokens)
         prepared = self.prepare(ctx, tokens, u.device, self.order)
         inputs = u if self.sos is None else torch.cat([self.sos.to(u.dtype).expand(batch, 1, -1), u[:, :-1]], dim=1)
-        out = self._head(self.run(self.embed(inputs, prepared, 0), prepared))
+        h = self.run(self.embed(inputs, prepared, 0), prepared)
+        out = recomputed(self._head, h) if self.recompute_head else self._head(h)
         if self.sos is None:
             out = torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1)
         return out

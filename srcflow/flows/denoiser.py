@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from srcflow.flows.conditioners import Conditioner
 from srcflow.flows.positions import Positions
-from srcflow.flows.trunk import Trunk
+from srcflow.flows.trunk import Trunk, recomputed
 from srcflow.nn.attention import without_autocast
 from srcflow.nn.mlp import MLPName
 from srcflow.nn.norm import NormName
@@ -88,6 +88,10 @@ class Denoiser(Trunk):
         """
         prepared = self.prepare(ctx, x.shape[1], x.device)
         h = self.run(self.embed(x, prepared, 0), prepared)
+        return recomputed(self._head, h) if self.recompute_head else self._head(h)
+
+    def _head(self, h: Tensor) -> Tensor:
+        """Final norm and linear map, in at least float32 whatever the autocast."""
         with without_autocast(h):
             h = self.final_norm(h.to(self.head_dtype(h)))
             return F.linear(h, self.head.weight.to(h.dtype), self.head.bias.to(h.dtype))

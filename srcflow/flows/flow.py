@@ -16,7 +16,7 @@ from srcflow.flows.denoise import tweedie
 from srcflow.flows.denoiser import Denoiser
 from srcflow.flows.likelihood import normal_log_prob
 from srcflow.flows.normalization import Normalization
-from srcflow.flows.trunk import Trunk
+from srcflow.flows.trunk import Trunk, recomputed
 from srcflow.guidance.base import Guidance
 from srcflow.guidance.guided import GuidedBlock
 from srcflow.nn.permutation import permute
@@ -337,10 +337,16 @@ class Flow(nn.Module, metaclass=Recorded):
         self.prior_var.copy_(variance)
         self.prior_std.copy_(variance.sqrt())
 
-    def set_checkpointing(self, every: int) -> None:
-        """Recompute every `every`-th layer's activations in the backward pass; 0 switches it off."""
+    def set_checkpointing(self, every: int, *, heads: bool = True) -> None:
+        """Choose what is computed again in the backward pass instead of kept for it; gradients are the same, bit for bit.
+
+        Args:
+            every: every so many layers' activations, beginning with a block's first; 1: all layers', 0: none.
+            heads: the float32 values inside heads and couplings. They are recomputed by default: it costs next to nothing, and keeps the
+                layers' outputs (in autocast's type) and the couplings' inputs alone.
+        """
         for b in self._trunks():
-            b.checkpoint_every = every
+            b.checkpoint_every, b.recompute_head = every, heads
 
     def compile_layers(self) -> None:
         """torch.compile each transformer layer; parameter names stay as they are."""
@@ -360,7 +366,8 @@ class Flow(nn.Module, metaclass=Recorded):
         for block in self._blocks() if blocks is None else blocks:
             u = permute(x, block.order)
             params = block.params(u, ctx)
-            z, logdet = block.coupling.forward(u, params)
+            forward = block.coupling.forward
+            z, logdet = recomputed(forward, u, params) if block.recompute_head else forward(u, params)
             x = permute(z, block.order)
             outputs.append(BlockOutput(x, params, logdet))
         return outputs

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,18 @@ from srcflow.nn.norm import NormName, RMSNorm, make_norm
 from srcflow.nn.permutation import Order
 from srcflow.registry import Recorded
 from srcflow.types import Condition, Context, Grid
+
+T = TypeVar("T")
+
+
+def recomputed(function: Callable[..., T], *tensors: Tensor) -> T:
+    """function(*tensors), of which autograd keeps the tensors alone: everything in between is computed again in the backward pass.
+
+    Values and gradients are those of the plain call, bit for bit. The function must draw no random numbers.
+    """
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 class Layer(nn.Module):
@@ -124,6 +137,7 @@ class Trunk(nn.Module, metaclass=Recorded):
         self.head_dim, self.heads, self.kv_heads, self.bias = head_dim, heads, kv_heads, bias
         self.grid: Grid = positions.grid
         self.checkpoint_every = 0
+        self.recompute_head = True
         self.positions: Positions | None = None if empty else positions
         self.conditioner: Conditioner | None = None if empty else conditioner
         if empty:

@@ -121,6 +121,8 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if (rotation is not None or not isinstance(self.q_norm, nn.Identity)) and cache is None and v.requires_grad:
+            v = v.contiguous()  # else autograd would keep the whole of [q | k | v] for it, beside the new q and k
         if isinstance(temperature, Tensor):
             q = q / temperature.to(q).reshape(-1, 1, 1, 1)
         elif temperature != 1.0:
