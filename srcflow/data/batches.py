@@ -47,6 +47,21 @@ def collate_tolerantly(samples: Sequence[Sample]) -> tuple[Batch, Bad]:
     return _stack(samples), [(row, s["error"]) for row, s in enumerate(samples) if "error" in s]
 
 
+def as_batch(samples: Any) -> Batch:
+    """Samples to a batch; a data set that reads whole batches has made one already."""
+    return samples if isinstance(samples, dict) else collate(samples)  # type: ignore[return-value]  # a Batch is a dict
+
+
+def as_training_batch(samples: Any) -> Batch | tuple[Batch, Bad]:
+    """As `as_batch`, with a list of the samples that could not be decoded."""
+    return samples if isinstance(samples, dict) else collate_tolerantly(samples)  # type: ignore[return-value]  # a Batch is a dict
+
+
+def unchanged(item: Any) -> Any:
+    """What a worker made is a batch, or a part of one, already."""
+    return item
+
+
 def _stack(samples: Sequence[Sample]) -> Batch:
     return Batch(
         images=torch.stack([s["image"] for s in samples]),

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -67,17 +67,26 @@ class ShardIndex:
         return hash_of((names[self.shard_of(i)], self.keys[i], *self.spans[i].tolist()) for i in range(len(self)))
 
     @classmethod
-    def scan(cls, paths: Sequence[str]) -> ShardIndex:
+    def scan(cls, paths: Sequence[str], expected: Mapping[str, int] | None = None) -> ShardIndex:
         """Read the headers of all shards.
 
+        Args:
+            paths: local files.
+            expected: how many samples some of them are said to hold.
+
         Raises:
-            DataError: a shard is damaged, or breaks WebDataset's rules for names; ProblemsError where several are.
+            DataError: a shard is damaged, breaks WebDataset's rules for names, or holds another number; ProblemsError where several are.
         """
         problems = Problems()
         starts, rows, as_json, keys = [0], [], [], []
         for path in paths:
             with problems.collect():
-                for key, span, is_json in scan_shard(path):
+                samples = scan_shard(path)
+                said = (expected or {}).get(path, len(samples))
+                if said != len(samples):
+                    cure = "Run `srcflow index` on it, if it is the shard that is right."
+                    raise DataError(f"{path}: holds {len(samples)} samples, its index says {said}. {cure}")
+                for key, span, is_json in samples:
                     rows.append(span)
                     as_json.append(is_json)
                     keys.append(key)

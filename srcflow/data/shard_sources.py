@@ -182,12 +182,13 @@ def index_of(url: str) -> str | None:
     return (url.partition("?")[0] if is_remote(url) else os.path.abspath(url)).replace(os.sep, "/").rpartition("/")[0] + "/" + INDEX
 
 
-def find_entries(urls: Iterable[str], index: str | None, problems: Problems) -> dict[str, Entry]:
+def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Problems) -> dict[str, Entry]:
     """What indices say of shards; local ones that no index lists are left out.
 
     Args:
         urls: shards.
         index: the index of all of them; None: the one beside each, which local shards need not have.
+        key: configuration key, for messages.
         problems: takes remote shards without an entry, indices that cannot be read, and files of another size than their index says.
     """
     indices: dict[str, dict[str, Entry] | None] = {}
@@ -213,7 +214,7 @@ def find_entries(urls: Iterable[str], index: str | None, problems: Problems) -> 
             lines.append(f"{url}: {'has no index' if place is None else f'is not in {place}'}")
     if lines:
         cure = CURE if any(is_remote(line) for line in lines) else "Copy the shards again, or run `srcflow index` on them."
-        problems.add(DataError(f"{unusable('index', lines)}\n{cure}"))
+        problems.add(DataError(f"{unusable(key, lines)}\n{cure}"))
     return found
 
 
@@ -287,18 +288,3 @@ class ShardList:
         """As the headers of local shards say."""
         sizes = np.array([os.path.getsize(p) for p in index.paths], np.int64)
         return cls(index.paths, np.diff(index.starts), sizes, index.keys)
-
-
-def compare_counts(index: ShardIndex, entries: Mapping[str, Entry]) -> None:
-    """Compare scanned shards with what an index says.
-
-    Raises:
-        DataError: lists the shards that hold another number of samples.
-    """
-    lines = [
-        f"{path}: holds {count} samples, its index says {entries[path].nsamples}"
-        for path, count in zip(index.paths, np.diff(index.starts).tolist(), strict=True)
-        if path in entries and entries[path].nsamples != count
-    ]
-    if lines:
-        raise DataError(f"{unusable('index', lines)}\nRun `srcflow index` on them, if it is the shards that are right.")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from srcflow.errors import ConfigError, DataError, UndecodableError
@@ -38,7 +38,8 @@ def decode(data: bytes, name: str) -> Image.Image:
     except DataError as e:
         raise UndecodableError(f"{name}: {e}") from e
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # all that PIL's decoders raise
-        raise UndecodableError(f"{name}: cannot be decoded: {e}. Repair or remove it; no sample is skipped in silence.") from e
+        why = "not a known image format" if isinstance(e, UnidentifiedImageError) else e
+        raise UndecodableError(f"{name}: cannot be decoded: {why}. Repair or remove it; no sample is skipped in silence.") from e
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from srcflow.data.batches import Bad, BadSamples, collate, collate_tolerantly
+from srcflow.data.batches import BadSamples, as_batch, as_training_batch
 from srcflow.data.sampler import KeyedSampler
 from srcflow.errors import ConfigError, Problems
 from srcflow.types import Batch
@@ -286,16 +286,6 @@ class DataModule(L.LightningDataModule, ABC):
 
     def check(self, expected: Mapping[str, Any]) -> None:
         """Refuse data that do not belong to a run; only stored features can disagree with one (see `FeatureStore.check`)."""
-
-
-def as_batch(samples: Any) -> Batch:
-    """Samples to a batch; a data set that reads whole batches has made one already."""
-    return samples if isinstance(samples, dict) else collate(samples)  # type: ignore[return-value]  # a Batch is a dict
-
-
-def as_training_batch(samples: Any) -> Batch | tuple[Batch, Bad]:
-    """As `as_batch`, with a list of the samples that could not be decoded."""
-    return samples if isinstance(samples, dict) else collate_tolerantly(samples)  # type: ignore[return-value]  # a Batch is a dict
 
 
 def worker_options(num_workers: int, start_method: str | None) -> dict[str, Any]:

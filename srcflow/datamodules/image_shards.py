@@ -9,7 +9,7 @@ from srcflow.data.image_shards import ImageShardsDataset
 from srcflow.data.images import ImageSource
 from srcflow.data.shard_index import ShardIndex, scan_shard
 from srcflow.data.shard_plan import ShardPlan, default_streams
-from srcflow.data.shard_sources import Entry, ShardList, compare_counts, find_entries, is_remote, resolve, unusable
+from srcflow.data.shard_sources import Entry, ShardList, find_entries, is_remote, resolve, unusable
 from srcflow.data.shard_stream import EvaluationStream, ShardImages, TrainingStream
 from srcflow.data.transforms import ImageTransform
 from srcflow.datamodules.base import DataModule, Split
@@ -119,7 +119,7 @@ class ImageShards(DataModule):
         if streamed:
             with problems.collect():
                 self._check_shard_count(len(urls))
-        entries = find_entries(urls, self.index, problems)
+        entries = find_entries(urls, self.index, f"data.{split}", problems)
         bad = {line.partition(": ")[0] for line in lines}
         if remote or (streamed and len(entries) == len(urls)):
             problems.raise_if_any()
@@ -131,8 +131,8 @@ class ImageShards(DataModule):
             return ShardList.of(urls, entries)
         with problems.collect():
             if split not in self._indices:
-                self._indices[split] = ShardIndex.scan([u for u in urls if u not in bad])
-            compare_counts(self._indices[split], entries)
+                expected = {url: entry.nsamples for url, entry in entries.items()}
+                self._indices[split] = ShardIndex.scan([u for u in urls if u not in bad], expected)
         if problems.found:
             self._indices.pop(split, None)
         problems.raise_if_any()

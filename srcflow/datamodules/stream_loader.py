@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
-from srcflow.data.batches import Bad, BadSamples, join
+from srcflow.data.batches import Bad, BadSamples, join, unchanged
 from srcflow.data.shard_stream import EvaluationStream, ShardImages, TrainingStream
 from srcflow.datamodules.base import worker_options
 from srcflow.types import Batch
@@ -67,7 +67,7 @@ class StreamLoader:
         self.bad = BadSamples(max_bad_fraction)
         self._shares = max(num_workers, 1)
         self._loader: DataLoader[Any] = DataLoader(
-            stream, batch_size=None, collate_fn=_unchanged, **worker_options(num_workers, start_method)
+            stream, batch_size=None, collate_fn=unchanged, **worker_options(num_workers, start_method)
         )
 
     @property
@@ -127,7 +127,7 @@ class EvaluationLoader:
     def __init__(self, stream: EvaluationStream, *, num_workers: int = 0, start_method: str | None = None) -> None:
         self.stream, self.batch_size, self.sampler = stream, stream.batch_size, StreamPosition()
         options = worker_options(min(num_workers, stream.steps), start_method)
-        self._loader: DataLoader[Any] = DataLoader(stream, batch_size=None, collate_fn=_unchanged, **options)
+        self._loader: DataLoader[Any] = DataLoader(stream, batch_size=None, collate_fn=unchanged, **options)
 
     @property
     def dataset(self) -> ShardImages:
@@ -140,7 +140,3 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         for share in self._loader:
             yield join([cast(tuple[Batch, Bad], share)], pin=torch.cuda.is_available())[0]
-
-
-def _unchanged(item: Any) -> Any:
-    return item

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from srcflow.data.shard_index import ShardIndex
-from srcflow.data.shard_sources import Entry, compare_counts, expand, find_entries, index_of, read_index, write_index
+from srcflow.data.shard_sources import Entry, expand, find_entries, index_of, read_index, write_index
 from srcflow.errors import DataError, Problems
 
 from .made_shards import shards
@@ -75,7 +75,7 @@ def test_everything_that_an_index_has_against_shards_is_collected(tmp_path: Path
     size = Path(local[0]).stat().st_size
     write_index(tmp_path, [Entry("s-000.tar", 2, size), Entry("s-001.tar", 3, size + 1)])
     problems = Problems()
-    found = find_entries([*local, "pipe:cat x.tar"], None, problems)
+    found = find_entries([*local, "pipe:cat x.tar"], None, "data.train", problems)
     assert sorted(found) == local[:2]
     (problem,) = problems.found
     assert f"s-001.tar: has {Path(local[1]).stat().st_size} bytes" in str(problem)
@@ -84,14 +84,14 @@ def test_everything_that_an_index_has_against_shards_is_collected(tmp_path: Path
 
     problems = Problems()
     index = str(tmp_path / "index.json")
-    assert find_entries(["pipe:cat /elsewhere/s-000.tar", "pipe:gone s-009.tar"], index, problems).keys() == {
+    assert find_entries(["pipe:cat /elsewhere/s-000.tar", "pipe:gone s-009.tar"], index, "data.train", problems).keys() == {
         "pipe:cat /elsewhere/s-000.tar"
     }
     assert [f"pipe:gone s-009.tar: is not in {index}" in str(p) for p in problems.found] == [True]
 
     problems = Problems()
-    assert find_entries(["pipe:cat a.tar", "pipe:cat b.tar"], str(tmp_path / "none.json"), problems) == {}
+    assert find_entries(["pipe:cat a.tar", "pipe:cat b.tar"], str(tmp_path / "none.json"), "data.val", problems) == {}
     assert ["none.json: cannot be opened" in str(p) for p in problems.found] == [True]
 
     with pytest.raises(DataError, match=r"s-002.tar: holds 1 samples, its index says 2"):
-        compare_counts(ShardIndex.scan(local), {local[2]: Entry("s-002.tar", 2), local[0]: Entry("s-000.tar", 2)})
+        ShardIndex.scan(local, {local[2]: 2, local[0]: 2})
