@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -33,7 +33,34 @@ class StreamPosition:
             self.epoch, self.step = epoch, 0
 
 
-class StreamLoader:
+Stream = TypeVar("Stream", TrainingStream, EvaluationStream)
+
+
+class _Reader(Generic[Stream]):
+    """A DataLoader behind a loader of our own: its data, its length, and its worker processes, which Lightning ends with a stage."""
+
+    stream: Stream
+    _loader: DataLoader[Any]
+
+    @property
+    def dataset(self) -> ShardImages:
+        """What is read."""
+        return self.stream.images
+
+    def __len__(self) -> int:
+        return self.stream.steps
+
+    @property
+    def _iterator(self) -> Any:
+        """Where Lightning looks for workers to end."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._loader._iterator = iterator
+
+
+class StreamLoader(_Reader[TrainingStream]):
     """Endless epochs of complete batches from a `TrainingStream`; each `iter` yields what is left of the present one.
 
     The position moves on with every batch that is handed out, and into the next epoch with the last one. Its state is the same on every
@@ -66,17 +93,7 @@ class StreamLoader:
         self.sampler = StreamPosition()
         self.bad = BadSamples(max_bad_fraction)
         self._shares = max(num_workers, 1)
-        self._loader: DataLoader[Any] = DataLoader(
-            stream, batch_size=None, collate_fn=unchanged, **worker_options(num_workers, start_method)
-        )
-
-    @property
-    def dataset(self) -> ShardImages:
-        """What is read."""
-        return self.stream.images
-
-    def __len__(self) -> int:
-        return self.stream.steps
+        self._loader = DataLoader(stream, batch_size=None, collate_fn=unchanged, **worker_options(num_workers, start_method))
 
     def __iter__(self) -> Iterator[Batch]:
         position, steps = self.sampler, len(self)  # a generator: it starts at the first batch, when the epoch is known
@@ -111,7 +128,7 @@ class StreamLoader:
             self.sampler.epoch, self.sampler.step = (epoch + 1, 0) if over else (epoch, step)
 
 
-class EvaluationLoader:
+class EvaluationLoader(_Reader[EvaluationStream]):
     """Batches of an `EvaluationStream`.
 
     Args:
@@ -127,15 +144,7 @@ class EvaluationLoader:
     def __init__(self, stream: EvaluationStream, *, num_workers: int = 0, start_method: str | None = None) -> None:
         self.stream, self.batch_size, self.sampler = stream, stream.batch_size, StreamPosition()
         options = worker_options(min(num_workers, stream.steps), start_method)
-        self._loader: DataLoader[Any] = DataLoader(stream, batch_size=None, collate_fn=unchanged, **options)
-
-    @property
-    def dataset(self) -> ShardImages:
-        """What is read."""
-        return self.stream.images
-
-    def __len__(self) -> int:
-        return self.stream.steps
+        self._loader = DataLoader(stream, batch_size=None, collate_fn=unchanged, **options)
 
     def __iter__(self) -> Iterator[Batch]:
         for share in self._loader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,7 @@ def test_through_the_trainer(kind: str, workers: int, place: Path, tmp_path: Pat
     for k, path in points.items() if workers == 0 else ((STEPS + 3, points[STEPS + 3]),):
         assert run([], path) == straight[k:], k
     assert run([], points[STEPS + 3], max_epochs=2) == straight[STEPS + 3 : 2 * STEPS]
+    assert not multiprocessing.active_children()  # Lightning ends the workers
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
