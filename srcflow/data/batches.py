@@ -8,6 +8,7 @@ from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from srcflow.errors import DataError, UndecodableError
 from srcflow.types import Batch
@@ -64,7 +65,7 @@ def unchanged(item: Any) -> Any:
 
 def _stack(samples: Sequence[Sample]) -> Batch:
     return Batch(
-        images=torch.stack([s["image"] for s in samples]),
+        images=default_collate([s["image"] for s in samples]),  # in a worker: straight into shared memory
         labels=torch.tensor([s["label"] for s in samples], dtype=torch.int64),
         indices=torch.tensor([s["index"] for s in samples], dtype=torch.int64),
         valid=torch.tensor([s["valid"] for s in samples], dtype=torch.bool),
