@@ -186,6 +186,9 @@ class ImageShards(DataModule):
         data = self.dataset(split, training=training)
         if not isinstance(data, ShardImages):
             return super().loader(split, training=training, limit=limit, batch_size=batch_size)
+        if overfit := getattr(self.trainer, "overfit_batches", 0):  # Lightning would ask the loader for its dataset in order
+            problem = "a stream of shards cannot stay at its first batches."
+            raise ConfigError("trainer.overfit_batches", overfit, problem, "Use local shards and data.mode: map.")
         (rank, world), size = self.share(), batch_size or self.batch_size
         if not training:
             shares = EvaluationStream(data, batch_size=size, rank=rank, world_size=world, limit=limit)

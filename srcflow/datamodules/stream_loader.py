@@ -37,15 +37,10 @@ Stream = TypeVar("Stream", TrainingStream, EvaluationStream)
 
 
 class _Reader(Generic[Stream]):
-    """A DataLoader behind a loader of our own: its data, its length, and its worker processes, which Lightning ends with a stage."""
+    """A DataLoader behind a loader of our own: its length, and its worker processes, which Lightning ends with a stage."""
 
     stream: Stream
     _loader: DataLoader[Any]
-
-    @property
-    def dataset(self) -> ShardImages:
-        """What is read."""
-        return self.stream.images
 
     def __len__(self) -> int:
         return self.stream.steps
@@ -145,6 +140,11 @@ class EvaluationLoader(_Reader[EvaluationStream]):
         self.stream, self.batch_size, self.sampler = stream, stream.batch_size, StreamPosition()
         options = worker_options(min(num_workers, stream.steps), start_method)
         self._loader = DataLoader(stream, batch_size=None, collate_fn=unchanged, **options)
+
+    @property
+    def dataset(self) -> ShardImages:
+        """What is read."""
+        return self.stream.images
 
     def __iter__(self) -> Iterator[Batch]:
         for share in self._loader:

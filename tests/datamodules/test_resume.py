@@ -19,6 +19,7 @@ from srcflow.datamodules.base import DataModule, Resumable, TrainingLoader, as_b
 from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.datamodules.image_folder import ImageFolder
 from srcflow.datamodules.image_shards import ImageShards
+from srcflow.errors import ConfigError
 from srcflow.types import Batch
 
 N, SIZE, STEPS = 22, 4, 5  # two samples of each epoch are left out
@@ -219,3 +220,5 @@ def test_overfitting_on_a_few_batches_still_works(place: Path, tmp_path: Path) -
     data.val_dataloader = lambda: [1]  # type: ignore[method-assign]  # Lightning warns of none
     trainer.fit(model, datamodule=data)
     assert [i for i, _ in model.seen] == 2 * [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ConfigError, match=r"trainer.overfit_batches = 2: a stream"):
+        trainer.fit(Recorder(), datamodule=make("stream", place))
