@@ -98,23 +98,23 @@ class ImageShards(DataModule):
 
     def open(self, split: Split, training: bool) -> Any:
         transform = self.transform if training else self.transform.evaluation()
-        shards = self._shards(split, streamed=training and self.mode == "stream")
+        shards = self._shards(split, training)
         if isinstance(shards, ShardIndex):
             return ImageShardsDataset(shards, transform, self.num_classes, tolerant=training)
         return ShardImages(shards, transform, self.num_classes, tolerant=training)
 
-    def _shards(self, split: Split, *, streamed: bool) -> ShardIndex | ShardList:
+    def _shards(self, split: Split, training: bool) -> ShardIndex | ShardList:
         """Find and check a split's shards; those for random access have been read.
 
         Raises:
             SrcflowError: everything that is wrong with them.
         """
-        problems = Problems()
+        problems, streamed = Problems(), training and self.mode == "stream"
         urls, lines = resolve(self.places[split] or [])
         remote = [u for u in urls if is_remote(u)]
         if lines:
             problems.add(unusable(f"data.{split}", lines))
-        if split == "train" and self.mode == "map" and remote:
+        if training and self.mode == "map" and remote:
             problems.add(ConfigError("data.mode", "map", f"reads at random, and {remote[0]} is no local file.", "Set data.mode: stream."))
         if streamed:
             with problems.collect():

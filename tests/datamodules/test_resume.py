@@ -220,5 +220,7 @@ def test_overfitting_on_a_few_batches_still_works(place: Path, tmp_path: Path) -
     data.val_dataloader = lambda: [1]  # type: ignore[method-assign]  # Lightning warns of none
     trainer.fit(model, datamodule=data)
     assert [i for i, _ in model.seen] == 2 * [[0, 1, 2, 3], [4, 5, 6, 7]]
+    stream = make("stream", place)
+    stream.val_dataloader = lambda: [1]  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match=r"trainer.overfit_batches = 2: a stream"):
-        trainer.fit(Recorder(), datamodule=make("stream", place))
+        trainer.fit(Recorder(), datamodule=stream)
