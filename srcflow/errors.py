@@ -57,6 +57,10 @@ class DataError(SrcflowError):
     """Input data that are missing, damaged or not what was promised."""
 
 
+class UndecodableError(DataError):
+    """An image file that cannot be decoded; training counts it, evaluation stops."""
+
+
 class ArtifactError(SrcflowError):
     """A stage's directory that is missing, incomplete, damaged, or not what the run was built on."""
 

@@ -5,7 +5,8 @@ A folder with class sub-folders gives labelled samples (`cls` = position of the 
 is dropped in silence: every image is decoded, and what cannot be read is listed before anything counts as done (`--skip-bad` leaves the
 listed files out and records them in the manifest).
 
-Output: `<prefix>-000000.tar`, ... and `<prefix>.json` (shards with sample counts, sizes and sha256).
+Output: `<prefix>-000000.tar`, ..., `<prefix>.json` (shards with sample counts, sizes and sha256), and the same in `index.json`, which all
+prefixes of a folder share and which `ImageShards` reads.
 """
 
 from __future__ import annotations
@@ -181,6 +182,9 @@ def main(argv: list[str] | None = None) -> int:
     partial.rmdir()
     if classes:
         write_json(args.out / "classes.json", classes)
+    from srcflow.data.shard_sources import Entry, write_index
+
+    write_index(args.out, [Entry(s["file"], s["samples"], s["bytes"], s["sha256"]) for s in shards])
     total = sum(s["samples"] for s in shards)
     write_json(
         args.out / f"{args.prefix}.json", {"version": 1, "samples": total, "classes": len(classes), "skipped": bad, "shards": shards}

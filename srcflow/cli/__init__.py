@@ -96,7 +96,7 @@ def _dispatch(args: list[str]) -> int:
         from srcflow.cli.parser import Parser
 
         command = importlib.import_module(f"srcflow.cli.{name}")
-        if name not in ("plugins", "convert"):  # the one reports broken plug-ins itself, the other names no part
+        if name not in ("plugins", "convert", "index"):  # the first reports broken plug-ins itself, the others name no part
             load_parts()
         parser = Parser(prog=f"srcflow {name}", description=command.HELP)
         command.configure(parser)

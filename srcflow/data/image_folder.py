@@ -32,13 +32,16 @@ class ImageFolderDataset(ImageDataset):
         folder: `folder/<class>/**/image.png`, or, without classes, any images below it.
         transform: from RGB image to tensor.
         classes: class names in the order of their labels; None: no labels.
+        tolerant: as in `ImageSource`.
 
     Raises:
         DataError: no such folder, no image in it, images beside the class folders, or a class folder that `classes` does not have.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], transform: ImageTransform, classes: Sequence[str] | None = None) -> None:
-        super().__init__(transform, len(classes) if classes else 0)
+    def __init__(
+        self, folder: str | os.PathLike[str], transform: ImageTransform, classes: Sequence[str] | None = None, tolerant: bool = False
+    ) -> None:
+        super().__init__(transform, len(classes) if classes else 0, tolerant)
         self.folder = Path(folder)
         found = class_names(folder)
         if classes and (unknown := [c for c in found if c not in classes]):

@@ -6,20 +6,18 @@ extension, second halves of split samples and merged keys pass unnoticed. Here e
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import mmap
 import os
 import re
 import tarfile
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import webdataset as wds
 from numpy.typing import NDArray
 
 from srcflow.data.images import hash_of
@@ -30,41 +28,8 @@ from srcflow.errors import DataError, Problems
 LABELS = ("cls", "json")
 BLOCK = 512
 PAX = re.compile(rb" (?:path|linkpath|size|GNU\.sparse[^=]*)=")  # pax records that matter here; webdataset writes one with the time
+Content = TypeVar("Content")
 METADATA = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
-
-
-def expand(patterns: str | Sequence[str], key: str) -> list[str]:
-    """Local paths of shards: brace ranges (`train-{000000..000054}.tar`), globs (`train-*.tar`), lists of either.
-
-    Args:
-        patterns: one or more.
-        key: configuration key, for messages.
-
-    Raises:
-        DataError: patterns that match nothing, shards that do not exist or are named twice; lists all of them.
-    """
-    given = [patterns] if isinstance(patterns, str) else list(patterns)
-    paths: list[str] = []
-    lines: list[str] = []
-    for pattern in given:
-        try:
-            expanded = [str(p) for p in wds.shardlists.expand_urls(os.path.expanduser(pattern))]
-        except ValueError as e:
-            lines.append(f"{pattern}: {e}")
-            continue
-        for path in expanded:
-            matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
-            if not matches:
-                lines.append(f"{path}: matches no file")
-            lines += [f"{m}: no such file" for m in matches if not os.path.isfile(m)]
-            paths += matches
-    if not given:
-        lines.append("the list is empty")
-    lines += [f"{p}: named twice" for p, count in Counter(paths).items() if count > 1]
-    if lines:
-        shown = lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])
-        raise DataError(f"{key}: {len(lines)} of the shards cannot be used:\n  " + "\n  ".join(shown))
-    return paths
 
 
 @dataclass(frozen=True)
@@ -102,17 +67,26 @@ class ShardIndex:
         return hash_of((names[self.shard_of(i)], self.keys[i], *self.spans[i].tolist()) for i in range(len(self)))
 
     @classmethod
-    def scan(cls, paths: Sequence[str]) -> ShardIndex:
+    def scan(cls, paths: Sequence[str], expected: Mapping[str, int] | None = None) -> ShardIndex:
         """Read the headers of all shards.
 
+        Args:
+            paths: local files.
+            expected: how many samples some of them are said to hold.
+
         Raises:
-            DataError: a shard is damaged, or breaks WebDataset's rules for names; ProblemsError where several are.
+            DataError: a shard is damaged, breaks WebDataset's rules for names, or holds another number; ProblemsError where several are.
         """
         problems = Problems()
         starts, rows, as_json, keys = [0], [], [], []
         for path in paths:
             with problems.collect():
-                for key, span, is_json in scan_shard(path):
+                samples = scan_shard(path)
+                said = (expected or {}).get(path, len(samples))
+                if said != len(samples):
+                    cure = "Run `srcflow index` on it, if it is the shard that is right."
+                    raise DataError(f"{path}: holds {len(samples)} samples, its index says {said}. {cure}")
+                for key, span, is_json in samples:
                     rows.append(span)
                     as_json.append(is_json)
                     keys.append(key)
@@ -133,39 +107,65 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
+def grouped(path: str, files: Iterable[tuple[str, Content]]) -> Iterator[tuple[str, dict[str, Content]]]:
+    """Samples of an archive: key, and what stands under each extension. WebDataset's rules for names, strictly.
+
+    Args:
+        path: of the shard, for messages.
+        files: names and contents (or what stands for them) in the archive's order.
+
+    Raises:
+        DataError: names that WebDataset would skip, merge or split in silence.
+    """
+    seen: set[str] = set()
+    current: str | None = None
+    found: dict[str, Content] = {}
+    for name, content in files:
+        if METADATA.match(name):
+            continue
+        key, extension = split_name(name)
+        if not extension or not key.rpartition("/")[2]:
+            raise DataError(f"{path}: {name!r} is not KEY.EXTENSION; WebDataset would skip it in silence.")
+        if key != current:
+            if current is not None:
+                yield current, found
+            if key in seen:
+                raise DataError(f"{path}: the files of sample {key!r} do not follow each other; WebDataset would make two samples of them.")
+            seen.add(key)
+            current, found = key, {}
+        if extension in found:
+            raise DataError(f"{path}: {name!r} occurs twice.")
+        found[extension] = content
+    if current is not None:
+        yield current, found
+
+
+def parts(path: str, key: str, extensions: Collection[str]) -> tuple[str, str | None]:
+    """Which of a sample's files is the image, and which, if any, the label.
+
+    Raises:
+        DataError: not exactly one image.
+    """
+    images = [e for e in extensions if e in EXTENSIONS]
+    if len(images) != 1:
+        what = f"has {len(images)} images" if images else f"has no image ({', '.join(EXTENSIONS)})"
+        raise DataError(f"{path}: sample {key!r} {what}, but {', '.join(extensions)}. A key ends at the first dot of the file name.")
+    return images[0], next((e for e in LABELS if e in extensions), None)
+
+
 def scan_shard(path: str) -> list[tuple[str, tuple[int, int, int, int], bool]]:
     """Samples of one shard: key, (image offset, image size, label offset, label size), whether the label is in a json.
 
     Raises:
         DataError: the shard cannot be trusted; says why.
     """
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    current = None
-    for name, offset, size in members(path):
-        if METADATA.match(name):
-            continue
-        key, extension = split_name(name)
-        if not extension or not key.rpartition("/")[2]:
-            raise DataError(f"{path}: {name!r} is not KEY.EXTENSION; WebDataset would skip it in silence.")
-        if key != current and key in samples:
-            raise DataError(f"{path}: the files of sample {key!r} do not follow each other; WebDataset would make two samples of them.")
-        current = key
-        files = samples.setdefault(key, {})
-        if extension in files:
-            raise DataError(f"{path}: {name!r} occurs twice.")
-        files[extension] = (offset, size)
+    samples = []
+    for key, files in grouped(path, ((name, (offset, size)) for name, offset, size in members(path))):
+        image, label = parts(path, key, files)
+        samples.append((key, (*files[image], *(files[label] if label else (-1, 0))), label == "json"))
     if not samples:
         raise DataError(f"{path}: holds no samples.")
-    return [_sample(path, key, files) for key, files in samples.items()]
-
-
-def _sample(path: str, key: str, files: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int, int, int], bool]:
-    images = [e for e in files if e in EXTENSIONS]
-    if len(images) != 1:
-        what = f"has {len(images)} images" if images else f"has no image ({', '.join(EXTENSIONS)})"
-        raise DataError(f"{path}: sample {key!r} {what}, but {', '.join(files)}. A key ends at the first dot of the file name.")
-    label = next((e for e in LABELS if e in files), None)
-    return key, (*files[images[0]], *(files[label] if label else (-1, 0))), label == "json"
+    return samples
 
 
 class _Extended(Exception):

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from srcflow.errors import ConfigError, DataError
+from srcflow.errors import ConfigError, DataError, UndecodableError
 from srcflow.randomness import generator
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -29,16 +29,17 @@ def decode(data: bytes, name: str) -> Image.Image:
         name: what to call it in an error message.
 
     Raises:
-        DataError: it cannot be decoded; names the file.
+        UndecodableError: names the file.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             return to_rgb(image)
     except DataError as e:
-        raise DataError(f"{name}: {e}") from e
+        raise UndecodableError(f"{name}: {e}") from e
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # all that PIL's decoders raise
-        raise DataError(f"{name}: cannot be decoded: {e}. Repair or remove it; no sample is skipped in silence.") from e
+        why = "not a known image format" if isinstance(e, UnidentifiedImageError) else e
+        raise UndecodableError(f"{name}: cannot be decoded: {why}. Repair or remove it; no sample is skipped in silence.") from e
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

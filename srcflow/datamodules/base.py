@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from srcflow.data.batches import collate
+from srcflow.data.batches import BadSamples, as_batch, as_training_batch
 from srcflow.data.sampler import KeyedSampler
 from srcflow.errors import ConfigError, Problems
 from srcflow.types import Batch
@@ -28,6 +28,20 @@ class Source(Protocol):
         """A sample's name."""
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """A training loader whose position is in a checkpoint."""
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: the same on every rank."""
+
+    def rewound(self, batches: int) -> dict[str, int]:
+        """`state_dict` as it was some batches ago, in the same epoch."""
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go to a position."""
+
+
 class TrainingLoader(DataLoader[Batch]):
     """Endless epochs of complete batches, of which each `iter` yields what is left of the present one.
 
@@ -35,7 +49,8 @@ class TrainingLoader(DataLoader[Batch]):
     `state_dict` holds it, so that a run that goes on from a checkpoint gets the very next batch: what was seen is neither read nor decoded.
     It is the same on every rank, and it counts samples, not batches, so that it also means something to another number of ranks.
 
-    Without a `KeyedSampler` (Lightning's `overfit_batches` puts another one in its place) it is a plain DataLoader.
+    Without a `KeyedSampler` (Lightning's `overfit_batches` puts another one in its place) it is a plain DataLoader. Samples that do not
+    decode are counted and replaced (`BadSamples`).
 
     Args:
         args: those of DataLoader.
@@ -43,6 +58,17 @@ class TrainingLoader(DataLoader[Batch]):
     """
 
     _end = 0  # where the present epoch ends
+    _bad: BadSamples | None = None
+
+    @property
+    def bad(self) -> BadSamples:
+        """What did not decode; none may, unless this is set."""
+        self._bad = self._bad or BadSamples(0.0)
+        return self._bad
+
+    @bad.setter
+    def bad(self, bad: BadSamples) -> None:
+        self._bad = bad
 
     @property
     def position(self) -> KeyedSampler | None:
@@ -50,19 +76,24 @@ class TrainingLoader(DataLoader[Batch]):
         return self.sampler if isinstance(self.sampler, KeyedSampler) else None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator: it starts at the first batch, when the epoch is known
-        batches, position, size = super().__iter__, self.position, cast(int, self.batch_size)
+        items, position, size = super().__iter__, self.position, cast(int, self.batch_size)
         if position is None:
-            yield from batches()
+            for item in items():
+                yield self._mended(item, 0, len(self) * size)
             return
         epoch, start = position.epoch, position.start
         last = (len(position) - start) // size - 1
         self._end = start + (last + 1) * size
-        for i, batch in enumerate(batches()):
+        for i, item in enumerate(items()):
             if i == last:
                 position.set_epoch(epoch + 1)
             else:
                 position.start = start + (i + 1) * size
-            yield batch
+            yield self._mended(item, epoch, self._end)
+
+    def _mended(self, item: Any, epoch: int, samples: int) -> Batch:
+        batch, bad = (item, []) if isinstance(item, dict) else item
+        return self.bad.mend(cast(Batch, batch), bad, epoch=epoch, samples=samples)
 
     def state_dict(self) -> dict[str, int]:
         """The position: `epoch`, and `done`, how many samples of it all ranks have been given."""
@@ -101,6 +132,7 @@ class DataModule(L.LightningDataModule, ABC):
         num_workers: loader processes per rank.
         num_classes: 0 for data without labels.
         seed: key of the order, crops and flips.
+        max_bad_fraction: how many of an epoch's training samples may fail to decode before the run stops.
 
     Raises:
         ConfigError: sizes that cannot be.
@@ -108,13 +140,17 @@ class DataModule(L.LightningDataModule, ABC):
 
     num_classes: int
     place_key = "data.{}"  # configuration key of a split's place, for messages
+    start_method: str | None = None  # of the workers
 
-    def __init__(self, *, batch_size: int, num_workers: int, num_classes: int, seed: int) -> None:
+    def __init__(self, *, batch_size: int, num_workers: int, num_classes: int, seed: int, max_bad_fraction: float = 0.0) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("num_classes", num_classes, 0)):
             if value < least:
                 raise ConfigError(f"data.{name}", value, f"must be at least {least}.")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ConfigError("data.max_bad_fraction", max_bad_fraction, "must be between 0 and 1.")
         self.batch_size, self.num_workers, self.num_classes, self.seed = batch_size, num_workers, num_classes, seed
+        self.max_bad_fraction = max_bad_fraction
         self._opened: dict[tuple[Split, bool], Any] = {}
 
     @abstractmethod
@@ -170,13 +206,24 @@ class DataModule(L.LightningDataModule, ABC):
         for split in splits:
             with problems.collect():
                 self.dataset(split, training=split == "train")
+        if stage == "fit" and ("train", True) in self._opened:
+            with problems.collect():
+                self.check_training(len(self.dataset("train", training=True)), self.share()[1])
         problems.raise_if_any()
-        if stage == "fit":
-            world = self.share()[1]
-            if (n := len(self.dataset("train", training=True))) < self.batch_size * world:
-                raise ConfigError(
-                    "data.batch_size", self.batch_size, f"{n} training samples give no complete batch on {world} ranks.", "Make it smaller."
-                )
+
+    def check_training(self, samples: int, world_size: int) -> None:
+        """Whether training can be fed.
+
+        Args:
+            samples: of the training set.
+            world_size: ranks.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if samples < self.batch_size * world_size:
+            problem = f"{samples} training samples give no complete batch on {world_size} ranks."
+            raise ConfigError("data.batch_size", self.batch_size, problem, "Make it smaller.")
 
     def share(self) -> tuple[int, int]:
         """(rank, number of ranks) that share the data, as the trainer's strategy says; (0, 1) without a trainer."""
@@ -185,7 +232,7 @@ class DataModule(L.LightningDataModule, ABC):
         kwargs = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return int(kwargs["rank"]), int(kwargs["num_replicas"])
 
-    def loader(self, split: Split, *, training: bool = False, limit: int | None = None, batch_size: int | None = None) -> DataLoader[Batch]:
+    def loader(self, split: Split, *, training: bool = False, limit: int | None = None, batch_size: int | None = None) -> Any:
         """A loader of `Batch`es.
 
         Args:
@@ -196,17 +243,18 @@ class DataModule(L.LightningDataModule, ABC):
         """
         data = self.dataset(split, training=training)
         rank, world = self.share()
-        sampler = KeyedSampler(data, shuffle=training, seed=self.seed, rank=rank, world_size=world, limit=limit)
-        return (TrainingLoader if training else DataLoader)(
-            data,
-            batch_size=batch_size or self.batch_size,
-            sampler=sampler,
-            collate_fn=as_batch,
-            drop_last=training,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        options: dict[str, Any] = {
+            "batch_size": batch_size or self.batch_size,
+            "sampler": KeyedSampler(data, shuffle=training, seed=self.seed, rank=rank, world_size=world, limit=limit),
+            "drop_last": training,
+            "pin_memory": torch.cuda.is_available(),
+            **worker_options(self.num_workers, self.start_method),
+        }
+        if not training:
+            return DataLoader(data, collate_fn=as_batch, **options)
+        loader = TrainingLoader(data, collate_fn=as_training_batch, **options)
+        loader.bad = BadSamples(self.max_bad_fraction)
+        return loader
 
     def train_dataloader(self) -> Any:
         """Shuffled, augmented, complete batches."""
@@ -240,6 +288,13 @@ class DataModule(L.LightningDataModule, ABC):
         """Refuse data that do not belong to a run; only stored features can disagree with one (see `FeatureStore.check`)."""
 
 
-def as_batch(samples: Any) -> Batch:
-    """Samples to a batch; a data set that reads whole batches has made one already."""
-    return samples if isinstance(samples, dict) else collate(samples)  # type: ignore[return-value]  # a Batch is a dict
+def worker_options(num_workers: int, start_method: str | None) -> dict[str, Any]:
+    """What a DataLoader is told about its processes.
+
+    Args:
+        num_workers: how many.
+        start_method: fork, spawn or forkserver; None: the platform's.
+    """
+    if num_workers == 0:
+        return {"num_workers": 0}
+    return {"num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": start_method}

@@ -29,10 +29,12 @@ class ImageFolder(DataModule):
         flip: mirror training images with probability 1/2.
         num_workers: loader processes per rank.
         seed: key of the order, crops and flips.
+        max_bad_fraction: training images that cannot be decoded are counted, named and replaced by others of their batch; the run stops
+            when they are more than this fraction of a rank's samples in an epoch. In evaluation there may be none.
 
     Raises:
         ConfigError: sizes that do not fit each other; in setup: another number of classes than found.
-        DataError: in setup: missing or empty folders; in a loader: a file that cannot be decoded (names it).
+        DataError: in setup: missing or empty folders; in a loader: files that cannot be decoded (names them).
     """
 
     def __init__(
@@ -49,8 +51,11 @@ class ImageFolder(DataModule):
         flip: bool = False,
         num_workers: int = 0,
         seed: int = 0,
+        max_bad_fraction: float = 1e-3,
     ) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, num_classes=num_classes, seed=seed)
+        super().__init__(
+            batch_size=batch_size, num_workers=num_workers, num_classes=num_classes, seed=seed, max_bad_fraction=max_bad_fraction
+        )
         self.places: dict[Split, str | None] = {"train": train, "val": val, "test": test}
         self.transform = ImageTransform(size, crop, resize, flip, seed)
 
@@ -60,7 +65,7 @@ class ImageFolder(DataModule):
     def open(self, split: Split, training: bool) -> Dataset[Any]:
         transform = self.transform if training else self.transform.evaluation()
         folders = [p for s in SPLITS if (p := self.places[s]) is not None]
-        return ImageFolderDataset(str(self.places[split]), transform, resolve_classes(folders, self.num_classes))
+        return ImageFolderDataset(str(self.places[split]), transform, resolve_classes(folders, self.num_classes), tolerant=training)
 
     def describe(self, split: Split) -> dict[str, Any]:
         data = self.dataset(split, training=split == "train")

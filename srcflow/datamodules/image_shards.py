@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from typing import Any, Literal
 
-import torch
-from torch.utils.data import DataLoader, Dataset
-
-from srcflow.data.image_shards import ImageShardsDataset, ImageShardsStream
-from srcflow.data.shard_index import ShardIndex, expand
+from srcflow.data.image_shards import ImageShardsDataset
+from srcflow.data.images import ImageSource
+from srcflow.data.shard_index import ShardIndex, scan_shard
+from srcflow.data.shard_plan import ShardPlan, default_streams
+from srcflow.data.shard_sources import Entry, ShardList, find_entries, is_remote, resolve, unusable
+from srcflow.data.shard_stream import EvaluationStream, ShardImages, TrainingStream
 from srcflow.data.transforms import ImageTransform
-from srcflow.datamodules.base import DataModule, Split, as_batch
-from srcflow.errors import ConfigError
-from srcflow.types import Batch
+from srcflow.datamodules.base import DataModule, Split
+from srcflow.datamodules.stream_loader import EvaluationLoader, StreamLoader
+from srcflow.errors import ConfigError, Problems, one_of
 
 Shards = str | list[str]
+START_METHODS = ("fork", "spawn", "forkserver")
 
 
 class ImageShards(DataModule):
-    """Images in local WebDataset tar shards: one jpg, jpeg, png or webp per sample, and a label as `cls` or as "label" in a `json`.
+    """Images in WebDataset tar shards: one jpg, jpeg, png or webp per sample, and a label as `cls` or as "label" in a `json`.
 
-    A split is a path, a brace range (`data/train-{000000..000054}.tar`), a glob (`data/train-*.tar`), or a list of these; the order given
-    is the order of the global sample index. The headers of all shards are read and checked in setup (about 20 microseconds per file in a
-    shard).
+    A split is a path, a URL (http, https, and what else webdataset opens), a command (`pipe:aws s3 cp s3://... -`), with a brace range
+    (`data/train-{000000..000054}.tar`) or, of local files, a glob (`data/train-*.tar`), or a list of these; the order given is the order
+    of the global sample index. An `index.json` beside the shards says how many samples each holds (`srcflow index` writes it). URLs and
+    commands need it; local shards are checked against it, and without one their headers are read in setup (about 20 microseconds per
+    file in a shard).
 
     Args:
         train: shards of the training images.
@@ -32,20 +36,26 @@ class ImageShards(DataModule):
         size: side of the images in pixels.
         num_classes: labels are checked to be below it; 0: labels are not read.
         batch_size: per rank.
-        mode: how training reads. "map": at random, a true shuffle, for local disks. "stream": each shard from front to back through
-            webdataset, shards and a buffer shuffled, for slow disks; needs at least ranks x workers shards. Evaluation is always "map".
-        shuffle_buffer: samples in the shuffle buffer of each worker (mode "stream").
+        mode: how training reads. "map": at random, a true shuffle, for local disks. "stream": each shard from front to back, shards and a
+            buffer shuffled, for slow disks and for what is not local. Evaluation reads local shards at random and others as streams.
+        streams: mode "stream": in how many places the shards are read at once, on all ranks; a divisor of batch_size x ranks, a multiple
+            of the ranks, and at least ranks x workers. None: `shard_plan.default_streams`.
+        shuffle_buffer: mode "stream": undecoded samples in the shuffle buffers of all streams together.
+        index: index of all shards, a file or URL; None: the `index.json` beside each.
         crop: "centre" (ADM's), or "random" in training: a random square of the image resized to `resize`. Evaluation always uses the
             centre.
         resize: short side before the random crop (RAE: 384 for size 256); None means `size`.
         flip: mirror training images with probability 1/2.
         num_workers: loader processes per rank.
+        start_method: how these are started: "fork", "spawn" or "forkserver"; None: the platform's way.
         seed: key of the order, crops and flips.
+        max_bad_fraction: training images that cannot be decoded are counted, named and replaced by others of their batch; the run stops
+            when they are more than this fraction of a rank's samples in an epoch. In evaluation there may be none.
 
     Raises:
-        ConfigError: sizes that do not fit each other; fewer shards than ranks x workers.
-        DataError: in setup: shards that are missing, empty, cut or damaged (all are listed); in a loader: a sample that cannot be decoded
-            (names it).
+        ConfigError: sizes that do not fit each other; in setup: fewer shards or streams than ranks x workers.
+        DataError: in setup: shards that are missing, empty, cut, damaged, without an index or other than it says (all are listed); in a
+            loader: a shard that ends early or goes on too long, images that cannot be decoded (names them).
     """
 
     def __init__(
@@ -58,83 +68,142 @@ class ImageShards(DataModule):
         num_classes: int = 0,
         batch_size: int = 64,
         mode: Literal["map", "stream"] = "map",
-        shuffle_buffer: int = 2000,
+        streams: int | None = None,
+        shuffle_buffer: int = 10_000,
+        index: str | None = None,
         crop: Literal["centre", "random"] = "centre",
         resize: int | None = None,
         flip: bool = False,
         num_workers: int = 0,
+        start_method: Literal["fork", "spawn", "forkserver"] | None = None,
         seed: int = 0,
+        max_bad_fraction: float = 1e-3,
     ) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, num_classes=num_classes, seed=seed)
-        if mode not in ("map", "stream"):
-            raise ConfigError("data.mode", mode, "no such mode.", "Known: map, stream.")
-        if shuffle_buffer < 1:
-            raise ConfigError("data.shuffle_buffer", shuffle_buffer, "must be at least 1.")
+        super().__init__(
+            batch_size=batch_size, num_workers=num_workers, num_classes=num_classes, seed=seed, max_bad_fraction=max_bad_fraction
+        )
+        one_of("data.mode", mode, ("map", "stream"))
+        if start_method is not None:
+            one_of("data.start_method", start_method, START_METHODS)
+        for name, value in (("shuffle_buffer", shuffle_buffer), ("streams", streams)):
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name}", value, "must be at least 1.")
         self.places: dict[Split, Shards | None] = {"train": train, "val": val, "test": test}
         self.transform = ImageTransform(size, crop, resize, flip, seed)
-        self.mode, self.shuffle_buffer = mode, shuffle_buffer
+        self.mode, self.streams, self.shuffle_buffer, self.index, self.start_method = mode, streams, shuffle_buffer, index, start_method
         self._indices: dict[Split, ShardIndex] = {}
 
     def place(self, split: Split) -> Shards | None:
         return self.places[split]
 
-    def open(self, split: Split, training: bool) -> Dataset[Any]:
-        if split not in self._indices:
-            self._indices[split] = ShardIndex.scan(expand(self.places[split] or [], f"data.{split}"))
-        return ImageShardsDataset(self._indices[split], self.transform if training else self.transform.evaluation(), self.num_classes)
+    def open(self, split: Split, training: bool) -> Any:
+        transform = self.transform if training else self.transform.evaluation()
+        shards = self._shards(split, training)
+        if isinstance(shards, ShardIndex):
+            return ImageShardsDataset(shards, transform, self.num_classes, tolerant=training)
+        return ShardImages(shards, transform, self.num_classes, tolerant=training)
 
-    def describe(self, split: Split) -> dict[str, Any]:
-        data = self.dataset(split, training=split == "train")
-        return {"samples": len(data), "content": data.fingerprint(), "transform": data.transform.describe()}
+    def _shards(self, split: Split, training: bool) -> ShardIndex | ShardList:
+        """Find and check a split's shards; those for random access have been read.
 
-    def train_dataloader(self) -> Any:
-        """Shuffled, augmented, complete batches."""
-        if self.mode == "map":
-            return super().train_dataloader()
-        index: ShardIndex = self.dataset("train", training=True).index
-        rank, world = self.share()
-        if len(index.paths) < world * max(self.num_workers, 1):
+        Raises:
+            SrcflowError: everything that is wrong with them.
+        """
+        problems, streamed = Problems(), training and self.mode == "stream"
+        urls, lines = resolve(self.places[split] or [])
+        remote = [u for u in urls if is_remote(u)]
+        if lines:
+            problems.add(unusable(f"data.{split}", lines))
+        if training and self.mode == "map" and remote:
+            problems.add(ConfigError("data.mode", "map", f"reads at random, and {remote[0]} is no local file.", "Set data.mode: stream."))
+        if streamed:
+            with problems.collect():
+                self._check_shard_count(len(urls))
+        entries = find_entries(urls, self.index, f"data.{split}", problems)
+        bad = {line.partition(": ")[0] for line in lines}
+        if remote or (streamed and len(entries) == len(urls)):
+            problems.raise_if_any()
+            for url in urls:
+                if url not in entries:  # a local one beside remote ones
+                    with problems.collect():
+                        entries[url] = Entry(url, len(scan_shard(url)), os.path.getsize(url))
+            problems.raise_if_any()
+            return ShardList.of(urls, entries)
+        with problems.collect():
+            if split not in self._indices:
+                expected = {url: entry.nsamples for url, entry in entries.items()}
+                self._indices[split] = ShardIndex.scan([u for u in urls if u not in bad], expected)
+        if problems.found:
+            self._indices.pop(split, None)
+        problems.raise_if_any()
+        return ShardList.scanned(self._indices[split]) if streamed else self._indices[split]
+
+    def _check_shard_count(self, shards: int) -> None:
+        world, workers = self.share()[1], max(self.num_workers, 1)
+        if shards < world * workers:
             raise ConfigError(
                 "data.mode",
                 self.mode,
-                f"streaming needs a shard for each worker: {len(index.paths)} shards, {world} ranks x {max(self.num_workers, 1)} workers.",
+                f"streaming needs a shard for each worker: {shards} shards, {world} ranks x {workers} workers.",
                 "Lower data.num_workers, write more and smaller shards, or set data.mode: map.",
             )
-        stream = ImageShardsStream(
-            index,
-            self.transform,
-            self.num_classes,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            rank=rank,
+
+    def stream_count(self, shards: int, batch_size: int, world_size: int) -> int:
+        """How many streams training reads at once, on all ranks.
+
+        Args:
+            shards: how many there are.
+            batch_size: per rank.
+            world_size: ranks.
+
+        Raises:
+            ConfigError: there is no such number, or not the configured one; says which ones work.
+        """
+        workers, whole = max(self.num_workers, 1), batch_size * world_size
+        streams = self.streams or default_streams(shards, whole, world_size) or 0
+        possible = [t for t in range(world_size * workers, shards + 1) if whole % t == 0 and t % world_size == 0]
+        if streams in possible:
+            return streams
+        known = ", ".join(map(str, possible)) or "none"
+        rule = f"at least {world_size} ranks x {workers} workers, at most {shards} shards, a divisor of the {whole} samples of a step"
+        if self.streams is not None:
+            raise ConfigError("data.streams", self.streams, f"must be {rule}, and a multiple of the ranks.", f"Possible: {known}.")
+        problem = f"each rank reads {streams // world_size} streams, and each worker needs one."
+        cure = f"Lower it to {streams // world_size}, or set data.streams ({rule}; possible: {known})."
+        raise ConfigError("data.num_workers", self.num_workers, problem, cure)
+
+    def check_training(self, samples: int, world_size: int) -> None:
+        super().check_training(samples, world_size)
+        data = self.dataset("train", training=True)
+        if isinstance(data, ShardImages):
+            self.stream_count(len(data.shards.urls), self.batch_size, world_size)
+
+    def describe(self, split: Split) -> dict[str, Any]:
+        data: ImageSource = self.dataset(split, training=split == "train")
+        return {"samples": len(data), "content": data.fingerprint(), "transform": data.transform.describe()}
+
+    def loader(self, split: Split, *, training: bool = False, limit: int | None = None, batch_size: int | None = None) -> Any:
+        data = self.dataset(split, training=training)
+        if not isinstance(data, ShardImages):
+            return super().loader(split, training=training, limit=limit, batch_size=batch_size)
+        if overfit := getattr(self.trainer, "overfit_batches", 0):  # Lightning would ask the loader for its dataset in order
+            problem = "a stream of shards cannot stay at its first batches."
+            raise ConfigError("trainer.overfit_batches", overfit, problem, "Use local shards and data.mode: map.")
+        (rank, world), size = self.share(), batch_size or self.batch_size
+        if not training:
+            shares = EvaluationStream(data, batch_size=size, rank=rank, world_size=world, limit=limit)
+            return EvaluationLoader(shares, num_workers=self.num_workers, start_method=self.start_method)
+        if limit is not None:
+            raise ConfigError("limit", limit, "a training stream has none.", "Use the trainer's limit_train_batches.")
+        streams = self.stream_count(len(data.shards.urls), size, world)
+        chunk = size * world // streams
+        steps = len(data) // (size * world)
+        plan = ShardPlan(data.shards.counts, streams, steps * chunk, max(self.shuffle_buffer // streams, 1), self.seed)
+        return StreamLoader(
+            TrainingStream(data, plan, chunk=chunk, rank=rank, world_size=world),
+            batch_size=size,
             world_size=world,
-            buffer=self.shuffle_buffer,
+            num_workers=self.num_workers,
+            start_method=self.start_method,
+            max_bad_fraction=self.max_bad_fraction,
         )
-        return StreamLoader(stream, self.num_workers)
-
-
-class StreamLoader:
-    """A loader over a stream, with a length and an epoch that Lightning sets (on what it finds as `sampler`).
-
-    Args:
-        stream: the rank's samples.
-        num_workers: loader processes.
-    """
-
-    def __init__(self, stream: ImageShardsStream, num_workers: int) -> None:
-        self.sampler = stream
-        self._loader: DataLoader[Batch] = DataLoader(
-            stream,  # type: ignore[arg-type]  # samples become batches in collate_fn
-            batch_size=stream.batch_size,
-            collate_fn=as_batch,
-            drop_last=True,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def __len__(self) -> int:
-        return self.sampler.steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)

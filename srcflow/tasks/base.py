@@ -26,7 +26,7 @@ from srcflow.autoencoders.base import Autoencoder
 from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, full, like, trained
 from srcflow.callbacks.non_finite import BadStep, NonFiniteGuard
 from srcflow.data.manifest import weights_hash
-from srcflow.datamodules.base import DataModule, TrainingLoader
+from srcflow.datamodules.base import DataModule, Resumable
 from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
 from srcflow.registry import build, spec_of
@@ -299,7 +299,7 @@ class Task(L.LightningModule):
             loader = self.trainer.fit_loop._data_source.dataloader()
         sampler = getattr(loader, "sampler", None)  # ours give every rank a share
         shared = isinstance(sampler, DistributedSampler) or getattr(sampler, "shares_ranks", False)
-        position = loader.state_dict() if isinstance(loader, TrainingLoader) else {}
+        position = loader.state_dict() if isinstance(loader, Resumable) else {}
         try:
             for i, batch in enumerate(loader):
                 if limit is not None and (i * world + rank if shared else i) >= limit:
@@ -307,7 +307,7 @@ class Task(L.LightningModule):
                 if shared or i % world == rank:
                     yield cast(Batch, self.trainer.strategy.batch_to_device(batch, self.device, 0))
         finally:  # training may be given the same loader
-            if isinstance(loader, TrainingLoader):
+            if isinstance(loader, Resumable):
                 loader.load_state_dict(position)
 
     # --- averaged weights --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from srcflow.datamodules.base import TrainingLoader
+from srcflow.datamodules.base import Resumable
 
 
 def place_loaders(trainer: L.Trainer) -> None:
@@ -40,7 +40,7 @@ def rewind(trainer: L.Trainer, checkpoint: dict[str, Any]) -> int:
     combined = loop._combined_loader
     loaders = list(combined.flattened) if combined is not None else []
     state = checkpoint.get("loops", {}).get("fit_loop")
-    if state is None or not loaders or not all(isinstance(loader, TrainingLoader) for loader in loaders):
+    if state is None or not loaders or not all(isinstance(loader, Resumable) for loader in loaders):
         return 0
     progress = state["epoch_loop.batch_progress"]
     current, total = progress["current"], progress["total"]

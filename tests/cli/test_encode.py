@@ -12,6 +12,8 @@ from srcflow.data.manifest import weights_hash
 from srcflow.encoders.efficientnet_lite import EfficientNetLite
 from srcflow.registry import spec_of
 
+from ..data.made_shards import shards
+
 ENCODER = ["--encoder", "EfficientNetLite", "--encoder.image_size", "32", "--encoder.stage", "1", "--encoder.weights", "null"]
 
 
@@ -44,6 +46,21 @@ def test_encode(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (batch["features"] - wanted).abs().max() < 1e-4
     assert batch["labels"].tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
     assert store.key(7) == "class1/1.png"
+
+
+def test_shards_behind_a_command_are_encoded_as_local_ones_are(tmp_path: Path) -> None:
+    paths = shards(tmp_path, [3, 4])
+    main(["index", *paths])
+    stores = []
+    for name, where in (("local", f"{tmp_path}/s-*.tar"), ("piped", f"pipe:cat {tmp_path}/s-{{000..001}}.tar")):
+        torch.manual_seed(0)
+        data = ["--data", "ImageShards", "--data.train", where, "--data.index", str(tmp_path / "index.json"), "--data.num_classes", "10"]
+        data += ["--data.size", "16", "--data.batch_size", "2"]
+        main(["encode", *ENCODER, *data, "--out", str(tmp_path / name), "--limit", "5", "--flip"])
+        stores.append(FeatureStoreDataset(tmp_path / name))
+    local, piped = (store.__getitems__(range(10)) for store in stores)
+    assert all(torch.equal(local[k], piped[k]) for k in ("features", "images", "labels", "indices", "flipped"))  # type: ignore[literal-required]
+    assert [store.key(4) for store in stores] == ["a/0004", "s-001.tar/1"]
 
 
 def test_encode_in_bfloat16(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from srcflow.data import image_folder
 from srcflow.data.feature_store import FeatureStoreWriter
-from srcflow.datamodules.base import DataModule, TrainingLoader, as_batch
+from srcflow.datamodules.base import DataModule, Resumable, TrainingLoader, as_batch
 from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.datamodules.image_folder import ImageFolder
 from srcflow.datamodules.image_shards import ImageShards
+from srcflow.errors import ConfigError
 from srcflow.types import Batch
 
 N, SIZE, STEPS = 22, 4, 5  # two samples of each epoch are left out
-KINDS = ["folder", "map", "store"]
+KINDS = ["folder", "map", "store", "stream"]
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +31,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images as a folder, as shards and as a store."""
     root = tmp_path_factory.mktemp("resume")
     (root / "folder").mkdir()
-    with wds.TarWriter(str(root / "train-0.tar")) as writer:
-        for i in range(N):
-            image = Image.new("RGB", (9, 8), (i, 0, 0))
-            image.putpixel((0, 0), (255, 0, 0))  # mirrored images differ
-            image.save(root / "folder" / f"{i:03d}.png")
-            writer.write({"__key__": f"{i:03d}", "png": image})
+    for shard, numbers in enumerate([range(9), range(9, 12), range(12, N)]):
+        with wds.TarWriter(str(root / f"train-{shard}.tar")) as writer:
+            for i in numbers:
+                image = Image.new("RGB", (9, 8), (i, 0, 0))
+                image.putpixel((0, 0), (255, 0, 0))  # mirrored images differ
+                image.save(root / "folder" / f"{i:03d}.png")
+                writer.write({"__key__": f"{i:03d}", "png": image})
     facts: dict[str, Any] = {"grid": (1, 1), "encoder": {}}
     with FeatureStoreWriter(root / "store", n=N, tokens=1, dim=1, image_size=(8, 8), manifest=facts) as store:
         images = torch.arange(N, dtype=torch.uint8).reshape(N, 1, 1, 1).expand(N, 3, 8, 8)
@@ -48,20 +51,21 @@ def make(kind: str, place: Path, **options: Any) -> DataModule:
         return FeatureStore(str(place / "store"), **options)
     if kind == "folder":
         return ImageFolder(str(place / "folder"), size=8, flip=True, **options)
-    return ImageShards(str(place / "train-0.tar"), size=8, flip=True, **options)
+    if kind == "stream":
+        options = {"mode": "stream", "shuffle_buffer": 6, **options}
+    return ImageShards(str(place / "train-{0..2}.tar"), size=8, flip=True, **options)
 
 
 def content(batch: Batch) -> tuple[list[int], bytes]:
     return batch["indices"].tolist(), batch["images"].numpy().tobytes()
 
 
-def take(loader: TrainingLoader, n: int) -> list[tuple[list[int], bytes]]:
+def take(loader: Any, n: int) -> list[tuple[list[int], bytes]]:
     """The next n batches as Lightning takes them: no iterator is asked for more than its length."""
     got: list[tuple[list[int], bytes]] = []
     while len(got) < n:
         batches = iter(loader)
-        assert loader.position is not None
-        for _ in range(min(n - len(got), STEPS - loader.position.start // SIZE)):
+        for _ in range(min(n - len(got), STEPS - loader.state_dict()["done"] // SIZE)):
             got.append(content(next(batches)))
     return got
 
@@ -117,20 +121,39 @@ def test_an_epoch_that_ended_early_is_not_finished_later(place: Path) -> None:
     assert take(loader, STEPS) == take(other, STEPS)
 
 
-def test_ranks_share_one_position(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_ranks_share_one_position(kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half the batch on two ranks goes on with the samples of the whole batch on one."""
-    one = make("map", place).train_dataloader()
+    one = make(kind, place).train_dataloader()
     take(one, 2)
     ranks = []
     for rank in range(2):
-        data = make("map", place, batch_size=SIZE // 2)
+        data = make(kind, place, batch_size=SIZE // 2)
         monkeypatch.setattr(data, "share", lambda rank=rank: (rank, 2))
         loader = data.train_dataloader()
         loader.load_state_dict(one.state_dict())
-        ranks.append([i for batch in loader for i in batch["indices"].tolist()])
+        ranks.append([batch["indices"].tolist() for batch in loader])
         assert loader.state_dict() == {"epoch": 1, "done": 0}
-    rest = [i for indices, _ in take(one, STEPS - 2) for i in indices]
-    assert [i for pair in zip(*ranks, strict=True) for i in pair] == rest
+    rest = [sorted(indices) for indices, _ in take(one, STEPS - 2)]
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == rest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_position_can_be_taken_back(kind: str, place: Path) -> None:
+    loader = make(kind, place).train_dataloader()
+    assert isinstance(loader, Resumable)
+    for given in range(2 * STEPS):
+        take(loader, 1)
+        epoch, before = divmod(given, STEPS)
+        assert loader.rewound(0) == loader.state_dict()
+        back = [loader.rewound(k) for k in range(1, before + 2)]
+        assert back == [{"epoch": epoch, "done": done * SIZE} for done in range(before, -1, -1)]
+
+
+def test_a_position_behind_the_end_of_another_batch_size_is_the_next_epoch(place: Path) -> None:
+    loader = make("stream", place, batch_size=11).train_dataloader()
+    loader.load_state_dict({"epoch": 1, "done": 22})
+    assert loader.state_dict() == {"epoch": 2, "done": 0}
 
 
 class Recorder(L.LightningModule):
@@ -183,6 +206,7 @@ def test_through_the_trainer(kind: str, workers: int, place: Path, tmp_path: Pat
     for k, path in points.items() if workers == 0 else ((STEPS + 3, points[STEPS + 3]),):
         assert run([], path) == straight[k:], k
     assert run([], points[STEPS + 3], max_epochs=2) == straight[STEPS + 3 : 2 * STEPS]
+    assert not multiprocessing.active_children()  # Lightning ends the workers
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
@@ -196,3 +220,7 @@ def test_overfitting_on_a_few_batches_still_works(place: Path, tmp_path: Path) -
     data.val_dataloader = lambda: [1]  # type: ignore[method-assign]  # Lightning warns of none
     trainer.fit(model, datamodule=data)
     assert [i for i, _ in model.seen] == 2 * [[0, 1, 2, 3], [4, 5, 6, 7]]
+    stream = make("stream", place)
+    stream.val_dataloader = lambda: [1]  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"trainer.overfit_batches = 2: a stream"):
+        trainer.fit(Recorder(), datamodule=stream)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import io
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +50,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.syspath_prepend(str(ROOT / "tools"))
         assert importlib.import_module("synthetic").main(["--out", str(root), "--train", str(8 * BATCHES + 3), "--eval", "8"]) == 0
     artifacts.save(root / "codec", PixelPatches(32, 8))
+    return root
+
+
+@pytest.fixture(scope="module")
+def streamed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training images in five shards, with an index."""
+    root = tmp_path_factory.mktemp("streamed")
+    (source,) = data.glob("train-*.tar")
+    with tarfile.open(source) as whole:
+        files: dict[str, list[tuple[tarfile.TarInfo, bytes]]] = {}
+        for member in whole:
+            files.setdefault(member.name.partition(".")[0], []).append((member, cast(Any, whole.extractfile(member)).read()))
+    for shard in range(5):
+        with tarfile.open(root / f"train-{shard}.tar", "w") as part:
+            for key in list(files)[shard::5]:
+                for member, content in files[key]:
+                    part.addfile(member, io.BytesIO(content))
+    main(["--debug", "index", f"{root}/train-*.tar"])
     return root
 
 
@@ -174,6 +193,27 @@ def test_a_flow_goes_on_bit_for_bit(accumulate: int, data: Path, tmp_path: Path,
     compare(FlowTask, "flow", model, data, tmp_path, monkeypatch, accumulate)
 
 
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_flow_on_a_stream_of_shards_goes_on_bit_for_bit(
+    accumulate: int, data: Path, streamed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {**FLOW, "codec": str(data / "codec")}
+    stream = {"train": f"{streamed}/train-{{0..4}}.tar", "mode": "stream", "shuffle_buffer": 24, "num_workers": 2}
+    compare(FlowTask, "flow", model, data, tmp_path, monkeypatch, accumulate, **stream)
+
+
+@pytest.mark.parametrize("batch", [2, 6, 11])
+def test_a_stream_gives_the_batches_of_an_unfinished_step_again(batch: int, data: Path, streamed: Path, tmp_path: Path) -> None:
+    def module() -> ImageShards:
+        return shards(data, train=f"{streamed}/train-{{0..4}}.tar", mode="stream", shuffle_buffer=24)
+
+    path = tmp_path / "inside.ckpt"
+    straight = fit(make(data), tmp_path, At(batch, lambda t: t.save_checkpoint(path)), data=module())
+    saved = load(path)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert saved == [{"epoch": batch // BATCHES, "done": batch % BATCHES * 8}]
+    assert list(differences(straight, fit(make(data), tmp_path, data=module(), ckpt=path))) == []
+
+
 @pytest.mark.slow
 def test_a_flow_with_workers_goes_on_bit_for_bit(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = {**FLOW, "codec": str(data / "codec")}
@@ -205,7 +245,8 @@ def test_a_compressor_goes_on_bit_for_bit(accumulate: int, data: Path, tmp_path:
 
 
 def shards(data: Path, **more: Any) -> ImageShards:
-    return ImageShards(str(data / "train-*.tar"), str(data / "val-*.tar"), size=32, num_classes=4, flip=True, **{"batch_size": 8, **more})
+    options: dict[str, Any] = {"train": str(data / "train-*.tar"), "batch_size": 8, **more}
+    return ImageShards(val=str(data / "val-*.tar"), size=32, num_classes=4, flip=True, **options)
 
 
 def make(data: Path, learn_prior: bool = False) -> FlowTask:

@@ -1,0 +1,290 @@
+"""Where shards are: patterns, files, URLs and pipes, and the `index.json` beside them that says how much each holds.
+
+The index follows the wids convention of WebDataset: `{"wids_version": 1, "shardlist": [{"url": "train-000000.tar", "nsamples": 1000,
+"filesize": 104857600, "sha256": "..."}]}`; sizes in bytes, sha256 on demand. `srcflow index` writes it, after reading every header.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+from numpy.typing import NDArray
+from webdataset.gopen import gopen, gopen_schemes
+
+from srcflow.data.images import hash_of
+from srcflow.data.shard_index import ShardIndex
+from srcflow.data.strings import StringTable
+from srcflow.errors import DataError, Problems
+
+INDEX = "index.json"
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.I)
+CURE = (
+    "`srcflow index` writes it where the shards are local; put it beside them under their URL, or name it in data.index (needed for pipes)."
+)
+
+
+def is_remote(url: str) -> bool:
+    """Whether a shard is something else than a local path: http(s), a pipe, or another scheme that webdataset opens."""
+    return SCHEME.match(url) is not None
+
+
+def file_name(url: str) -> str:
+    """A shard's file name, as an index has it; of a pipe the last word that ends in `.tar`.
+
+    >>> file_name("https://host/a/train-0.tar?key=1"), file_name("pipe:aws s3 cp s3://b/train-0.tar -"), file_name("d/train-0.tar")
+    ('train-0.tar', 'train-0.tar', 'train-0.tar')
+    """
+    if url.startswith("pipe:"):
+        words = [w.strip("'\"") for w in url.split()]
+        return next((w for w in reversed(words) if w.endswith(".tar")), words[-1]).rpartition("/")[2]
+    return (url.partition("?")[0] if is_remote(url) else url).replace(os.sep, "/").rpartition("/")[2]
+
+
+def resolve(patterns: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    """Shards that patterns name, and a line for every one that cannot be used.
+
+    Args:
+        patterns: paths, URLs or `pipe:` commands with brace ranges (`train-{000000..000054}.tar`), globs of local files, or several.
+    """
+    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    found: list[str] = []
+    lines: list[str] = []
+    for pattern in given:
+        try:
+            expanded = [str(p) for p in wds.shardlists.expand_urls(os.path.expanduser(pattern))]
+        except ValueError as e:
+            lines.append(f"{pattern}: {e}")
+            continue
+        for path in (p[len("file:") :].replace("//", "", 1) if p.startswith("file://") else p for p in expanded):
+            if is_remote(path):
+                scheme = path.partition(":")[0].lower()
+                if scheme not in gopen_schemes:
+                    lines.append(f"{path}: no such scheme; known: {', '.join(s for s in gopen_schemes if s[0] != '_')}")
+                found.append(path)
+                continue
+            matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+            if not matches:
+                lines.append(f"{path}: matches no file")
+            lines += [f"{m}: no such file" for m in matches if not os.path.isfile(m)]
+            found += matches
+    if not given:
+        lines.append("the list is empty")
+    lines += [f"{p}: named twice" for p, count in Counter(found).items() if count > 1]
+    return found, lines
+
+
+def expand(patterns: str | Sequence[str], key: str) -> list[str]:
+    """Shards that patterns name (`resolve`).
+
+    Args:
+        patterns: one or more.
+        key: configuration key, for messages.
+
+    Raises:
+        DataError: patterns that match nothing, shards that do not exist or are named twice; lists all of them.
+    """
+    found, lines = resolve(patterns)
+    if lines:
+        raise unusable(key, lines)
+    return found
+
+
+def unusable(key: str, lines: Sequence[str]) -> DataError:
+    """One error for many shards."""
+    shown = [*lines[:20], *([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])]
+    return DataError(f"{key}: {len(lines)} of the shards cannot be used:\n  " + "\n  ".join(shown))
+
+
+def open_shard(url: str) -> Any:
+    """A binary stream of a file, URL or pipe.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        return gopen(url, "rb") if is_remote(url) else open(url, "rb")
+    except (OSError, ValueError, ImportError) as e:
+        raise DataError(f"{url}: cannot be opened: {e}.") from e
+
+
+# --- the index -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shard in an index.
+
+    Args:
+        url: file name, or the URL or pipe as it is configured.
+        nsamples: how many samples it holds.
+        filesize: bytes; None: not known.
+        sha256: of the file; None: not recorded.
+    """
+
+    url: str
+    nsamples: int
+    filesize: int | None = None
+    sha256: str | None = None
+
+
+def parse_index(content: bytes, place: str) -> dict[str, Entry]:
+    """Entries of an index by `url`.
+
+    Raises:
+        DataError: it is not one.
+    """
+    try:
+        entries: dict[str, Entry] = {}
+        for item in json.loads(content)["shardlist"]:
+            entry = Entry(str(item["url"]), item["nsamples"], item.get("filesize"), item.get("sha256"))
+            if isinstance(entry.nsamples, bool) or not isinstance(entry.nsamples, int) or entry.nsamples < 1:
+                raise ValueError(f"{entry.url}: nsamples = {entry.nsamples!r}")
+            if entry.url in entries:
+                raise ValueError(f"{entry.url} occurs twice")
+            entries[entry.url] = entry
+        return entries
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(f"{place}: is not an index of shards ({type(e).__name__}: {e}).") from e
+
+
+def read_index(place: str) -> dict[str, Entry]:
+    """Entries of an index by `url`.
+
+    Args:
+        place: file, URL or pipe.
+
+    Raises:
+        DataError: it cannot be read, or is not an index.
+    """
+    try:
+        with open_shard(place) as stream:
+            content = bytes(stream.read())
+    except OSError as e:
+        raise DataError(f"{place}: cannot be read: {e}.") from e
+    return parse_index(content, place)
+
+
+def index_of(url: str) -> str | None:
+    """Where the index of a shard is; None for a pipe, which has no place beside it."""
+    if url.startswith("pipe:"):
+        return None
+    return (url.partition("?")[0] if is_remote(url) else os.path.abspath(url)).replace(os.sep, "/").rpartition("/")[0] + "/" + INDEX
+
+
+def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Problems) -> dict[str, Entry]:
+    """What indices say of shards; local ones that no index lists are left out.
+
+    Args:
+        urls: shards.
+        index: the index of all of them; None: the one beside each, which local shards need not have.
+        key: configuration key, for messages.
+        problems: takes remote shards without an entry, indices that cannot be read, and files of another size than their index says.
+    """
+    indices: dict[str, dict[str, Entry] | None] = {}
+    found: dict[str, Entry] = {}
+    lines: list[str] = []
+    for url in urls:
+        place = index or index_of(url)
+        if place is not None and place not in indices:
+            indices[place] = {}
+            if is_remote(place) or index is not None or os.path.isfile(place):
+                indices[place] = None
+                with problems.collect():
+                    indices[place] = read_index(place)
+        known = {} if place is None else indices[place]
+        if known is None:  # the index cannot be read; that is said once
+            continue
+        entry = known.get(url) or known.get(file_name(url))
+        if entry is not None:
+            found[url] = entry
+            if not is_remote(url) and os.path.isfile(url) and entry.filesize not in (None, size := os.path.getsize(url)):
+                lines.append(f"{url}: has {size} bytes, {place} says {entry.filesize}")
+        elif is_remote(url):
+            lines.append(f"{url}: {'has no index' if place is None else f'is not in {place}'}")
+    if lines:
+        cure = CURE if any(is_remote(line) for line in lines) else "Copy the shards again, or run `srcflow index` on them."
+        problems.add(DataError(f"{unusable(key, lines)}\n{cure}"))
+    return found
+
+
+def write_index(folder: str | os.PathLike[str], entries: Iterable[Entry]) -> Path:
+    """Put entries into a folder's index: those of other shards stay as long as their files exist. The file is the old or the new one.
+
+    Raises:
+        DataError: the index that is there cannot be read.
+    """
+    path = Path(folder, INDEX)
+    old = read_index(str(path)) if path.is_file() else {}
+    merged = {name: e for name, e in old.items() if (path.parent / name).is_file()} | {e.url: e for e in entries}
+    content = {
+        "wids_version": 1,
+        "shardlist": [{k: v for k, v in asdict(merged[name]).items() if v is not None} for name in sorted(merged)],
+    }
+    partial = path.with_name(f".{INDEX}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file, as hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- what a split is -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardList:
+    """Shards and how many samples each holds. Sample i is the i-th in the order of the shards and, within one, of the archive.
+
+    Args:
+        urls: paths, URLs or pipes.
+        counts: (S,) samples of each.
+        sizes: (S,) bytes of each; -1: not known.
+        keys: WebDataset keys of all samples, where the headers were read.
+    """
+
+    urls: tuple[str, ...]
+    counts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    keys: StringTable | None = None
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """(S,) global index of each shard's first sample."""
+        return np.cumsum(self.counts) - self.counts
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def fingerprint(self) -> str:
+        """Hash of the shards' names, counts and sizes: the same whether they come from an index or from the headers."""
+        return hash_of(zip(map(file_name, self.urls), self.counts.tolist(), self.sizes.tolist(), strict=True))
+
+    @classmethod
+    def of(cls, urls: Sequence[str], entries: Mapping[str, Entry]) -> ShardList:
+        """As indices say."""
+        sizes = [-1 if (size := entries[u].filesize) is None else size for u in urls]
+        return cls(tuple(urls), np.array([entries[u].nsamples for u in urls], np.int64), np.array(sizes, np.int64))
+
+    @classmethod
+    def scanned(cls, index: ShardIndex) -> ShardList:
+        """As the headers of local shards say."""
+        sizes = np.array([os.path.getsize(p) for p in index.paths], np.int64)
+        return cls(index.paths, np.diff(index.starts), sizes, index.keys)

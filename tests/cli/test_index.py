@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from srcflow.cli import main
+from srcflow.data.shard_sources import Entry, read_index
+from srcflow.errors import ConfigError, DataError, ProblemsError
+
+from ..data.made_shards import damaged, shards, write
+
+
+def index(*arguments: str) -> None:
+    main(["--debug", "index", *arguments])
+
+
+def test_counts_sizes_and_hashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = shards(tmp_path, [4, 2])
+    index(f"{tmp_path}/s-{{000..001}}.tar")
+    place = str(tmp_path / "index.json")
+    sizes = [Path(p).stat().st_size for p in paths]
+    assert list(read_index(place).values()) == [Entry("s-000.tar", 4, sizes[0]), Entry("s-001.tar", 2, sizes[1])]
+    assert "2 shards with 6 samples" in capsys.readouterr().out
+    index(paths[1], "--sha256")
+    first, second = read_index(place).values()
+    assert first.sha256 is None
+    assert second.sha256 == hashlib.sha256(Path(paths[1]).read_bytes()).hexdigest()
+
+
+def test_check_names_every_difference_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = shards(tmp_path, [4, 2, 3])
+    index(*paths[:2], "--sha256")
+    index(*paths[:2], "--check", "--sha256")
+    assert "agrees with 2 shards" in capsys.readouterr().out
+    before = (tmp_path / "index.json").read_bytes()
+    shards(tmp_path, [5, 2, 3], bad=(5,))
+    with pytest.raises(DataError) as error:
+        index(*paths, "--check", "--sha256")
+    for line in ("s-000.tar: nsamples is 5, the index says 4", "s-001.tar: sha256 is", "s-002.tar: is not in"):
+        assert line in str(error.value)
+    assert (tmp_path / "index.json").read_bytes() == before
+
+
+def test_bad_shards_are_all_named_and_nothing_is_written(tmp_path: Path) -> None:
+    paths = shards(tmp_path, [10, 2])
+    Path(paths[0]).write_bytes(damaged(Path(paths[0]))["cut at a header"])
+    other = write(tmp_path / "dotted.tar", [("a_0.5.png", b"1"), ("a_0.6.png", b"1")])
+    with pytest.raises(ProblemsError, match=r"(?s)s-000.tar: is cut after a/0004.*'a_0' has no image"):
+        index(*paths, str(other))
+    assert not (tmp_path / "index.json").exists()
+    with pytest.raises(ConfigError, match="is no local file"):
+        index("https://host/a.tar")
+    with pytest.raises(DataError, match="no such file"):
+        index(str(tmp_path / "none.tar"))
