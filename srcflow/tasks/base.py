@@ -403,7 +403,8 @@ class Task(L.LightningModule):
         if facts is None or facts["task"] != type(self).__name__:
             other = f", but of {facts['task']}" if facts else ""
             raise ArtifactError(f"{checkpoint} is not a checkpoint of {type(self).__name__}{other}.")
-        artifacts.load_state(self, choose(content, ema, what=checkpoint), what=checkpoint)
+        state = choose(content, ema, what=checkpoint)
+        artifacts.load_state(artifacts.widened(self, state), state, what=checkpoint)
         prefix = self.product + "."
         raw = content.get(RAW_STATE)
         raw = {k.removeprefix(prefix): v for k, v in raw.items() if k.startswith(prefix)} if raw is not None else None
@@ -416,7 +417,7 @@ class Task(L.LightningModule):
         if any(isinstance(p, DTensor) for p in module.parameters()):
             state = {k: full(v) for k, v in module.state_dict().items()}  # a collective
             if write:
-                module = build(spec_of(module), nn.Module)
+                module = artifacts.widened(build(spec_of(module), nn.Module), state)
                 artifacts.load_state(module, state, what=type(module).__name__)
         if write:
             start = target.resolve()

@@ -247,11 +247,11 @@ class FlowTask(Task):
 
     @torch.no_grad()
     def codes(self, batch: Batch, purpose: str, step: int | None = None) -> Tensor:
-        """Noisy codes (B, N, d), at least float32, of a batch; the noise is keyed by `purpose`, `step` and the samples' indices."""
+        """Noisy codes (B, N, d), at least float32 and as fine as the flow; the noise is keyed by `purpose`, `step` and the samples' indices."""
         raw, grid = self.features_from(batch, self.autoencoder)
         noise = self.noise_for(self.noise, raw, batch["indices"], purpose, step)
         codes = self.compressor.compress(self.autoencoder.normalize(raw, noise), grid)
-        return codes.to(torch.promote_types(codes.dtype, torch.float32))
+        return codes.to(torch.promote_types(codes.dtype, torch.promote_types(self.flow.prior_std.dtype, torch.float32)))
 
     def condition(self, batch: Batch, *, dropout: bool) -> Condition | None:
         """The condition of a batch, with labels dropped at random in training."""

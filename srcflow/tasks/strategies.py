@@ -61,7 +61,11 @@ def check_strategy(task: Task) -> None:
         if split > 1:
             why = "no layer is split over ranks, so these would repeat each other's work."
             raise ConfigError(f"{KEY}.tensor_parallel_size", split, why, "Write 1, and data_parallel_size: number of all GPUs.")
-    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    elif isinstance(strategy, DDPStrategy):
+        if strategy._ddp_kwargs.get("static_graph") and task.trainer.accumulate_grad_batches > 1:
+            why = "torch cannot record the graph in a batch whose gradients are not reduced."
+            raise ConfigError(f"{KEY}.static_graph", True, why, "Leave it out, or set trainer.accumulate_grad_batches: 1.")
+    elif not isinstance(strategy, SingleDeviceStrategy):
         raise ConfigError(KEY, type(strategy).__name__, "is not known to keep a task's parameters in step.", CURE)
 
 

@@ -14,10 +14,15 @@ import torch
 import yaml
 
 HERE = Path(__file__).parent
-FSDP2 = {
-    "class_path": "ModelParallelStrategy",
-    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False},
-}
+
+
+def overlay(name: str, **more: Any) -> dict[str, Any]:
+    """The strategy of configs/trainer, for two processes."""
+    strategy = yaml.safe_load((HERE.parents[1] / "configs/trainer" / f"{name}.yaml").read_text())["trainer"]["strategy"]
+    return {"strategy": {**strategy, "init_args": {**strategy["init_args"], **more}}, "devices": 2}
+
+
+DDP, FSDP2 = overlay("ddp8"), overlay("fsdp2", data_parallel_size=2)
 
 
 def one_rank() -> Any:
@@ -33,7 +38,6 @@ def one_rank() -> Any:
 R = one_rank()
 data = R.data  # the fixture
 HALF = R.HALF
-DDP = {"strategy": "ddp", "devices": 2}
 
 
 def srcflow(arguments: list[str], *, fails: int | None = None, **environment: str) -> None:
@@ -52,9 +56,9 @@ def compare(stage: str, model: dict[str, Any], data: Path, here: Path, trainer: 
     straight, broken = here / "straight", here / "broken"
     srcflow(R.configuration(data, straight, stage, model, trainer, **more))
     command = R.configuration(data, broken, stage, model, trainer, **more)
-    overlay = yaml.safe_load((broken / "overlay.yaml").read_text())
-    overlay["trainer"]["callbacks"].append({"class_path": "dying.Dies", "init_args": {"at": HALF + 2}})
-    (broken / "dying.yaml").write_text(yaml.safe_dump(overlay))
+    settings = yaml.safe_load((broken / "overlay.yaml").read_text())
+    settings["trainer"]["callbacks"].append({"class_path": "dying.Dies", "init_args": {"at": HALF + 2}})
+    (broken / "dying.yaml").write_text(yaml.safe_dump(settings))
     srcflow([*command, "--config", str(broken / "dying.yaml")], fails=9)
     checkpoint = R.kept(broken, HALF)
     assert list(R.differences(R.load(R.kept(straight, HALF)), R.load(checkpoint))) == []
@@ -77,7 +81,7 @@ def test_a_flow_under_ddp_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_flow_under_fsdp2_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
     model = {**R.FLOW, "codec": str(data / "codec")}
-    compare("flow", model, data, tmp_path, {"strategy": FSDP2, "devices": 2, "accumulate_grad_batches": 2})
+    compare("flow", model, data, tmp_path, {**FSDP2, "accumulate_grad_batches": 2})
 
 
 @pytest.mark.slow
