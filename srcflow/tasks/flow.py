@@ -247,7 +247,7 @@ class FlowTask(Task):
 
     @torch.no_grad()
     def codes(self, batch: Batch, purpose: str, step: int | None = None) -> Tensor:
-        """Noisy codes (B, N, d), at least float32 and as fine as the flow; the noise is keyed by `purpose`, `step` and the samples' indices."""
+        """Noisy codes (B, N, d), at least float32, float64 for such a flow; keyed by `purpose`, `step` and the samples' indices."""
         raw, grid = self.features_from(batch, self.autoencoder)
         noise = self.noise_for(self.noise, raw, batch["indices"], purpose, step)
         codes = self.compressor.compress(self.autoencoder.normalize(raw, noise), grid)

@@ -21,3 +21,18 @@ class Dies(L.Callback):
     def on_before_backward(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step == self.at:
             os._exit(9)
+
+
+class Records(L.Callback):
+    """Writes which samples every batch holds: one line of the step and the indices per batch, one file per rank.
+
+    Args:
+        folder: where.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        with open(f"{self.folder}/rank-{trainer.global_rank}.txt", "a", encoding="utf-8") as f:
+            print(trainer.fit_loop.epoch_loop.total_batch_idx, *batch["indices"].tolist(), file=f)

@@ -9,8 +9,6 @@ import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from srcflow import artifacts
 from srcflow.autoencoders.pixels import PixelPatches
@@ -108,20 +107,14 @@ class Extra(FlowTask):
         self.scale = nn.Parameter(torch.ones(()))
 
 
-@contextmanager
-def gathers() -> Iterator[list[int]]:
-    """The number of FSDP2's all-gathers inside."""
-    original, count = dist.all_gather_into_tensor, [0]
+class Gathers(TorchDispatchMode):
+    """Counts FSDP2's all-gathers inside."""
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        count[0] += 1
-        return original(*args, **kwargs)
+    count = 0
 
-    dist.all_gather_into_tensor = counting
-    try:
-        yield count
-    finally:
-        dist.all_gather_into_tensor = original
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "all_gather_copy_in" in str(func)
+        return func(*args, **(kwargs or {}))
 
 
 def under_fsdp2(root: Path) -> dict[str, Any]:
@@ -143,9 +136,12 @@ def under_fsdp2(root: Path) -> dict[str, Any]:
             shards.append([p.detach().to_local().clone() for p in task.flow.parameters()])  # type: ignore[attr-defined]  # DTensors
         found[f"{grid * grid} tokens, undisturbed"] = all(torch.equal(a, b) for a, b in zip(*shards, strict=True))
         for name in ("gathers", "gathers again"):  # what was gathered is sharded again
-            with gathers() as count:
+            with Gathers() as counter:
                 task.sample_images(torch.tensor([0, 1, -1]), 0)
-            found[f"{grid * grid} tokens, {name}"] = count[0]
+            found[f"{grid * grid} tokens, {name}"] = counter.count
+        with Gathers() as counter:
+            task.flow.inverse(torch.zeros(1, grid * grid, 3 * patch**2))
+        found[f"{grid * grid} tokens, gathers of the flow itself"] = counter.count
     for name, task, wanted in (
         ("outside", Extra(PARTS.make("").flow, str(root / "codec")), strategy()),
         ("split", PARTS.make(str(root / "codec")), strategy(1, 2)),
@@ -165,6 +161,5 @@ def main(root: Path) -> None:
     print(f"RESULT{json.dumps(found)}" if dist.get_rank() == 0 else "")
 
 
-import faulthandler; faulthandler.dump_traceback_later(110, exit=True)
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
