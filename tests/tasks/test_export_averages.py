@@ -31,7 +31,7 @@ def shared() -> Any:
 def test_an_average_of_a_checkpoint_is_its_snapshots(tmp_path: Path) -> None:
     parts = shared()
     codec = str(artifacts.save(tmp_path / "codec", PixelPatches(12, 6)))
-    run = parts.trainer(tmp_path, steps=6, callbacks=[EMA([0.9, 0.5], snapshot_every=3)], limit_val_batches=0)
+    run = parts.trainer(tmp_path, steps=6, callbacks=[EMA([0.9, 0.5], warmup=False, snapshot_every=3)], limit_val_batches=0)
     run.fit(parts.make(codec), parts.SquaresData())
     run.save_checkpoint(tmp_path / "last.ckpt")
     snapshot = tmp_path / "snapshots/step-00000006-ema-0.5.safetensors"
