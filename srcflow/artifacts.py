@@ -112,10 +112,15 @@ def load(path: str | os.PathLike[str], base: type[M], *, weights: Literal["model
         if not (root / RAW).exists():
             raise ArtifactError(f"{root} holds no raw weights; use weights: model.")
         state.update(read_tensors(root / RAW))
-    if all(v.dtype == torch.float64 for v in state.values() if v.is_floating_point()):
-        module.to(torch.float64)  # float32 would round what was saved
-    load_state(module, state, what=str(root))
+    load_state(widened(module, state), state, what=str(root))
     return module.eval()
+
+
+def widened(module: M, state: Mapping[str, Tensor]) -> M:
+    """The module in float64, if that is what a state dict is of: float32 would round it."""
+    if all(v.dtype == torch.float64 for v in state.values() if v.is_floating_point()):
+        module.to(torch.float64)
+    return module
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:

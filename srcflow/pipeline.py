@@ -184,7 +184,8 @@ class Pipeline:
         load_negative(guidance, self.device)
         n = condition if isinstance(condition, int) else len(condition)
         given = None if isinstance(condition, int) else condition
-        z = randomness.normal(self.code_shape, seed=seed, purpose="sample", step=0, indices=self._indices(indices, n)).to(self.device)
+        z = randomness.normal(self.code_shape, seed=seed, purpose="sample", step=0, indices=self._indices(indices, n))
+        z = z.to(self.device, torch.promote_types(z.dtype, flow.prior_std.dtype))
         if flow.learn_prior:
             z = z * flow.prior_std
         codes = flow.inverse(

@@ -1,18 +1,21 @@
-"""An exponential moving average of the trained parameters, and of nothing else."""
+"""Exponential moving averages of the trained parameters, and of nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from srcflow.callbacks.averages import AVERAGES, SUFFIX, averages_of, write_snapshot
 from srcflow.callbacks.non_finite import step_was_skipped
-from srcflow.errors import ArtifactError, ConfigError
+from srcflow.errors import ArtifactError, ConfigError, Problems
 
 RAW_STATE = "raw_state"
 """Key of a checkpoint under which the trained (not averaged) values of the averaged parameters stand."""
@@ -23,21 +26,40 @@ class EMA(L.Callback):
 
     Buffers and frozen parameters are not averaged. A checkpoint's `state_dict` holds the averaged weights, so `test --ckpt_path` evaluates
     them with or without this callback, and its `raw_state` holds the trained ones, from which a resumed run goes on. After fit the module
-    itself holds the trained weights. Works under one process, DDP and FSDP2 (ModelParallelStrategy).
+    itself holds the trained weights. Works under one process, DDP and FSDP2 (ModelParallelStrategy), where the average is sharded as the
+    weights are.
+
+    Of several averages the first is the one evaluated; the others are in the checkpoint too, and `srcflow export --ema DECAY` writes the
+    artifact of one. A run that goes on with a decay its checkpoint does not know starts that average from the checkpoint's first.
 
     Args:
-        decay: weight of the old average at every step, e.g. 0.9999.
+        decay: weight of the old average at every step, e.g. 0.9999; or a list of several.
         warmup: shorten the memory at the start: the decay is at most (1 + n) / (10 + n) after n steps.
+        snapshot_every: keep every average's weights after every so many optimizer steps, as files that `srcflow export --ckpt_path`
+            takes; null: none. A file that is there is not written again.
+        snapshots: directory of these files; null: snapshots in trainer.default_root_dir.
     """
 
-    def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigError("ema.decay", decay, "must lie in [0, 1).")
-        self.decay, self.warmup = decay, warmup
+    def __init__(
+        self, decay: float | list[float] = 0.9999, warmup: bool = True, snapshot_every: int | None = None, snapshots: str | None = None
+    ) -> None:
+        self.decays = list(decay) if isinstance(decay, list | tuple) else [decay]
+        problems = Problems()
+        for value in self.decays:
+            if not 0 <= value < 1:
+                problems.add(ConfigError("ema.decay", value, "must lie in [0, 1)."))
+        if not self.decays or len(set(self.decays)) < len(self.decays):
+            problems.add(ConfigError("ema.decay", decay, "is empty or names one decay twice."))
+        if snapshot_every is not None and snapshot_every < 1:
+            problems.add(ConfigError("ema.snapshot_every", snapshot_every, "must be at least 1.", "Write null for no snapshots."))
+        if snapshots is not None and snapshot_every is None:
+            problems.add(ConfigError("ema.snapshots", snapshots, "does nothing without snapshot_every."))
+        problems.raise_if_any()
+        self.warmup, self.snapshot_every, self.snapshots = warmup, snapshot_every, snapshots
         self.updates = 0
-        self._shadow: dict[str, Tensor] = {}
+        self._shadows: list[dict[str, Tensor]] = []  # as `decays`
         self._backup: dict[str, Tensor] | None = None  # the trained weights while the module holds the average
-        self._restored: dict[str, dict[str, Tensor]] | None = None
+        self._restored: tuple[dict[str, Tensor], list[dict[str, Tensor]]] | None = None
         self._step = 0
 
     # --- following the training ------------------------------------------------------------------------------------------------
@@ -46,45 +68,67 @@ class EMA(L.Callback):
         """Start from the present weights, or from both sets of a checkpoint."""
         parameters = trained(pl_module)
         if self._restored is not None:
-            raw, averaged = self._restored["raw"], self._restored["ema"]
+            raw, averages = self._restored
             missing = sorted(set(parameters) - set(raw))
             if missing:
                 raise ArtifactError(
                     f"{trainer.ckpt_path}: the checkpoint's {RAW_STATE} lacks {missing[:5]}{' ...' if missing[5:] else ''}."
                 )
             # where the state_dict is sharded it is not at hand here, but the parameters were loaded from it
-            self._shadow = {k: like(averaged[k], p, wide=True) if k in averaged else _wide(p) for k, p in parameters.items()}
+            self._shadows = [{k: like(a[k], p, wide=True) if k in a else _wide(p) for k, p in parameters.items()} for a in averages]
             _copy(raw, parameters)
             self._restored = None
-        elif trainer.global_step == 0 or set(self._shadow) != set(parameters):
-            self._shadow = {k: _wide(p) for k, p in parameters.items()}
+        elif trainer.global_step == 0 or any(set(s) != set(parameters) for s in self._shadows or [{}]):
+            self._shadows = [{k: _wide(p) for k, p in parameters.items()} for _ in self.decays]
             self.updates = 0
         self._step = trainer.global_step
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Average, if the optimizer made a step."""
+        """Average, if the optimizer made a step; keep a snapshot, if it is time."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if step_was_skipped(trainer) or not self._shadow:
+        if not self.averaging:
             return
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        parameters = trained(pl_module)
-        torch._foreach_lerp_(
-            list(self._shadow.values()), [parameters[k].detach().to(s.dtype) for k, s in self._shadow.items()], weight=1 - decay
-        )
+        if not step_was_skipped(trainer):
+            self.updates += 1
+            parameters = trained(pl_module)
+            for decay, shadow in zip(self.decays, self._shadows, strict=True):
+                decay = min(decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else decay
+                torch._foreach_lerp_(
+                    list(shadow.values()), [parameters[k].detach().to(s.dtype) for k, s in shadow.items()], weight=1 - decay
+                )
+        if self.snapshot_every is not None and self._step % self.snapshot_every == 0:
+            self._keep(trainer, pl_module)
+
+    @property
+    def averaging(self) -> bool:
+        """Whether there is an average, and of anything."""
+        return bool(self._shadows and self._shadows[0])
+
+    def _keep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the snapshots of this step that are not there yet."""
+        root = Path(self.snapshots) if self.snapshots is not None else Path(trainer.default_root_dir) / "snapshots"
+        for decay, shadow in zip(self.decays, self._shadows, strict=True):
+            path = root / f"step-{self._step:08d}-ema-{decay}{SUFFIX}"
+            if trainer.strategy.broadcast(path.exists()):  # gathering shards is a collective
+                continue
+            values = {**pl_module.state_dict(), **{name: shadow[owner] for name, owner in aliases(pl_module).items()}}
+            state = _on_host(values, trainer.is_global_zero)
+            if trainer.is_global_zero:
+                facts: Any = getattr(pl_module, "facts", dict)  # a Task's
+                write_snapshot(path, state, {"srcflow": facts(), "step": self._step, "ema": decay})
 
     # --- using the average -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def swap_in(self, pl_module: L.LightningModule) -> None:
         """Put the average into the module (nothing happens if it is there already, or if there is none)."""
-        if self._backup is None and self._shadow:
+        if self._backup is None and self.averaging:
             parameters = trained(pl_module)
             self._backup = {k: p.detach().clone() for k, p in parameters.items()}
-            for k, s in self._shadow.items():
+            for k, s in self._shadows[0].items():
                 parameters[k].copy_(s)
 
     @torch.no_grad()
@@ -109,8 +153,8 @@ class EMA(L.Callback):
 
     def weights(self, pl_module: L.LightningModule, kind: Literal["ema", "raw"]) -> dict[str, Tensor]:
         """CPU copies of the averaged or trained values of the trainable parameters; gathered where sharded (call on every rank)."""
-        if kind == "ema" and self._shadow:
-            source: Mapping[str, Tensor] = self._shadow
+        if kind == "ema" and self.averaging:
+            source: Mapping[str, Tensor] = self._shadows[0]
         else:
             source = self._backup if self._backup is not None else trained(pl_module)
         return {k: full(v).to("cpu", copy=True) for k, v in source.items()}
@@ -163,11 +207,11 @@ class EMA(L.Callback):
         self.write(pl_module, checkpoint)
 
     def write(self, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Replace the averaged parameters in a checkpoint's `state_dict`, and put their trained values under `raw_state`.
+        """Replace the averaged parameters in a checkpoint's `state_dict`, put their trained values under `raw_state`, and add `averages`.
 
         Runs on every rank (gathering shards is a collective); ranks that hold no `state_dict` write nothing.
         """
-        if not self._shadow or RAW_STATE in checkpoint:
+        if not self.averaging or RAW_STATE in checkpoint:
             return
         state: dict[str, Tensor] = checkpoint.get("state_dict", {})
         present = self._backup if self._backup is not None else trained(pl_module)
@@ -175,18 +219,23 @@ class EMA(L.Callback):
         # a sharded checkpoint keeps what is no state_dict in rank zero's file; one parameter at a time, so that no GPU holds them all again
         keep = bool(state) and (sharded or pl_module.trainer.is_global_zero)
         raw = _on_host(present, keep)
-        averaged = self._shadow if sharded else _on_host(self._shadow, keep)
-        if keep:
-            for name, owner in aliases(pl_module).items():
-                if name in state:
-                    state[name] = averaged[owner].to(state[name].dtype)
-            checkpoint[RAW_STATE] = raw
+        averaged = self._shadows[0] if sharded else _on_host(self._shadows[0], keep)
+        names = aliases(pl_module).items()
+        for name, owner in names if keep else ():
+            if name in state:
+                state[name] = averaged[owner].to(state[name].dtype)
+        checkpoint[AVERAGES] = {"decays": list(self.decays), "further": [_on_host(s, keep) for s in self._shadows[1:]]}
+        checkpoint[RAW_STATE] = raw  # empty on a rank that writes no file, which has to know, too, that this is done
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep both sets of weights until the training starts."""
         if trainer.state.fn == "fit" and RAW_STATE in checkpoint:
             raw = checkpoint[RAW_STATE]
-            self._restored = {"raw": raw, "ema": {k: v for k, v in checkpoint.get("state_dict", {}).items() if k in raw}}
+            first = {k: v for k, v in checkpoint.get("state_dict", {}).items() if k in raw}
+            known = {decay: state or first for decay, state in averages_of(checkpoint).items()}
+            self._restored = raw, [known.get(decay, first) for decay in self.decays]
+            for decay in set(self.decays) - set(known) if known else ():
+                rank_zero_info(f"The checkpoint keeps no average of decay {decay}: it goes on from that of {next(iter(known))}.")
 
 
 def _on_host(values: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -37,10 +37,13 @@ def grid_of(images: Tensor, columns: int, gap: int = 2) -> Tensor:
 def publish(trainer: L.Trainer, tag: str, sheet: Tensor, step: int) -> Path:
     """Write a picture (3, H, W) uint8 to `<root>/<tag>/step-<step>.png`, and to every logger that takes images (TensorBoard).
 
-    The root is the first logger's directory, or trainer.default_root_dir. Call it on rank zero.
+    The root is the first logger's directory, or trainer.default_root_dir. Call it on every rank: rank zero writes, but Lightning asks all
+    of them for the directory.
     """
     root = Path(trainer.log_dir or trainer.default_root_dir)
     path = root / tag / f"step-{step:08d}.png"
+    if not trainer.is_global_zero:
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
     for logger in trainer.loggers:
@@ -97,9 +100,7 @@ class SampleGrid(L.Callback):
         if step == self._last or step % self.every_n_steps:
             return
         self._last = step
-        sheet = self.draw(trainer, pl_module)
-        if trainer.is_global_zero:
-            publish(trainer, "samples", sheet, step)
+        publish(trainer, "samples", self.draw(trainer, pl_module), step)
 
     @torch.no_grad()
     def draw(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
@@ -162,6 +163,4 @@ class ReconstructionGrid(L.Callback):
         if number or trainer.sanity_checking:
             return
         rows = pl_module.reconstruction_images(batch, self.count)
-        if trainer.is_global_zero:
-            images = torch.cat(list(rows.values()))
-            publish(trainer, tag, grid_of(images, len(next(iter(rows.values())))), trainer.global_step)
+        publish(trainer, tag, grid_of(torch.cat(list(rows.values())), len(next(iter(rows.values())))), trainer.global_step)

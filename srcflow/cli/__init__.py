@@ -115,6 +115,7 @@ def _run_trainer() -> None:
 
     from srcflow.cli.parser import Parser
     from srcflow.tasks.base import Task
+    from srcflow.tasks.strategies import check_name
 
     load_parts()
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)  # Lightning 2.6 on torch 2.15
@@ -122,7 +123,11 @@ def _run_trainer() -> None:
     class TrainerParser(Parser, LightningArgumentParser):
         bases = MappingProxyType({"model": Task, "data": L.LightningDataModule, "trainer": L.Trainer})
 
-    LightningCLI(
+    class TrainerCLI(LightningCLI):
+        def before_instantiate_classes(self) -> None:
+            check_name(self.config[self.config.subcommand].trainer.strategy)
+
+    TrainerCLI(
         Task,
         L.LightningDataModule,
         subclass_mode_model=True,

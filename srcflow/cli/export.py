@@ -26,8 +26,9 @@ def configure(parser: Parser) -> None:
         "--config", type=str | None, default=None, help="The run's configuration: its config.yaml, or the file given to fit."
     )
     stage.add_argument(
-        "--ckpt_path", type=str | None, default=None, help="A checkpoint that fit wrote; its averaged weights become the model."
+        "--ckpt_path", type=str | None, default=None, help="A checkpoint or snapshot that fit wrote; its averaged weights become the model."
     )
+    stage.add_argument("--ema", type=float | None, default=None, help="Decay of the average to take, where the EMA callback kept several.")
     bundle = parser.add_argument_group("a self-contained pipeline")
     bundle.add_argument("--pipeline", type=str | None, default=None, help="A flow's artifact, or a Pipeline directory.")
     bundle.add_argument("--autoencoder", type=str | None, default=None, help="Where the pipeline's autoencoder is now, if it moved.")
@@ -49,7 +50,7 @@ def run(config: Namespace) -> int:
     """Write the directory."""
     problems = Problems()
     if config.pipeline is not None:
-        for key in ("config", "ckpt_path"):
+        for key in ("config", "ckpt_path", "ema"):
             if config[key] is not None:
                 problems.add(ConfigError(key, config[key], "does not go with --pipeline.", "Export either a stage or a pipeline."))
         if config.format is None and config.in_channels is not None:
@@ -81,7 +82,7 @@ def run(config: Namespace) -> int:
         elif not Path(config[key]).is_file():
             problems.add(ArtifactError(f"{key} = {config[key]!r}: there is no such file."))
     problems.raise_if_any()
-    task_of(config.config).export(config.ckpt_path, config.out)
+    task_of(config.config).export(config.ckpt_path, config.out, ema=config.ema)
     print(f"Wrote {config.out}.")
     return 0
 

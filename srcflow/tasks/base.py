@@ -23,6 +23,7 @@ from torch.utils.data import DistributedSampler
 import srcflow
 from srcflow import artifacts, noise
 from srcflow.autoencoders.base import Autoencoder
+from srcflow.callbacks.averages import choose, read_weights
 from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, full, like, trained
 from srcflow.callbacks.non_finite import BadStep, NonFiniteGuard
 from srcflow.data.manifest import weights_hash
@@ -30,7 +31,7 @@ from srcflow.datamodules.base import DataModule, Resumable
 from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
 from srcflow.registry import build, spec_of
-from srcflow.tasks import dump, examination, resume
+from srcflow.tasks import dump, examination, resume, strategies
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.report import table, write_metrics
 from srcflow.types import Batch, Grid
@@ -116,6 +117,8 @@ class Task(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check the trainer's settings against the task's. Subclasses load weights and artifacts here, after calling this."""
         problems = Problems()
+        with problems.collect():
+            strategies.check_strategy(self)
         if self.trainer.precision in ("16-mixed", "16-true", "bf16-true", "transformer-engine-float16"):
             why = "rounds statistics and master weights." if self.trainer.precision == "bf16-true" else "float16 overflows here."
             problems.add(ConfigError("trainer.precision", self.trainer.precision, why, "Use bf16-mixed or 32-true."))
@@ -146,6 +149,7 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters with warm-up and cosine; nothing if nothing is trained."""
+        strategies.check_sharded(self)
         trained = [p for p in self.parameters() if p.requires_grad]
         if not trained:
             return None
@@ -395,22 +399,25 @@ class Task(L.LightningModule):
         with ema.averaged(self) if ema is not None else nullcontext():
             return self._write(path, raw, self.facts(), write=self.trainer.is_global_zero)
 
-    def export(self, checkpoint: str, path: str) -> Path:
+    def export(self, checkpoint: str, path: str, *, ema: float | None = None) -> Path:
         """Write the artifact of a checkpoint, without a trainer: what `srcflow export` calls.
 
         Args:
-            checkpoint: a file that `srcflow fit` wrote.
+            checkpoint: a file that `srcflow fit` wrote: a checkpoint, or a snapshot of an average.
             path: the artifact's directory.
+            ema: decay of the average to take, of several; None: the first.
 
         Raises:
             ArtifactError: the file is no checkpoint of this task, or its weights do not fit the configured modules.
+            ConfigError: it has no such average.
         """
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        content = read_weights(checkpoint)
         facts = content.get(FACTS)
         if facts is None or facts["task"] != type(self).__name__:
             other = f", but of {facts['task']}" if facts else ""
             raise ArtifactError(f"{checkpoint} is not a checkpoint of {type(self).__name__}{other}.")
-        artifacts.load_state(self, content["state_dict"], what=checkpoint)
+        state = choose(content, ema, what=checkpoint)
+        artifacts.load_state(artifacts.widened(self, state), state, what=checkpoint)
         prefix = self.product + "."
         raw = content.get(RAW_STATE)
         raw = {k.removeprefix(prefix): v for k, v in raw.items() if k.startswith(prefix)} if raw is not None else None
@@ -423,7 +430,7 @@ class Task(L.LightningModule):
         if any(isinstance(p, DTensor) for p in module.parameters()):
             state = {k: full(v) for k, v in module.state_dict().items()}  # a collective
             if write:
-                module = build(spec_of(module), nn.Module)
+                module = artifacts.widened(build(spec_of(module), nn.Module), state)
                 artifacts.load_state(module, state, what=type(module).__name__)
         if write:
             start = target.resolve()

@@ -32,6 +32,7 @@ from srcflow.tasks.flow_evaluation import STANDARD, Evaluation, FlowEvaluator
 from srcflow.tasks.flow_extremes import extremes
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.reconstruction import check_judge
+from srcflow.tasks.strategies import gathered
 from srcflow.types import NULL_LABEL, Batch, BlockOutput, Condition, FlowOutput
 
 
@@ -247,11 +248,11 @@ class FlowTask(Task):
 
     @torch.no_grad()
     def codes(self, batch: Batch, purpose: str, step: int | None = None) -> Tensor:
-        """Noisy codes (B, N, d), at least float32, of a batch; the noise is keyed by `purpose`, `step` and the samples' indices."""
+        """Noisy codes (B, N, d), at least float32, float64 for such a flow; keyed by `purpose`, `step` and the samples' indices."""
         raw, grid = self.features_from(batch, self.autoencoder)
         noise = self.noise_for(self.noise, raw, batch["indices"], purpose, step)
         codes = self.compressor.compress(self.autoencoder.normalize(raw, noise), grid)
-        return codes.to(torch.promote_types(codes.dtype, torch.float32))
+        return codes.to(torch.promote_types(codes.dtype, torch.promote_types(self.flow.prior_std.dtype, torch.float32)))
 
     def condition(self, batch: Batch, *, dropout: bool) -> Condition | None:
         """The condition of a batch, with labels dropped at random in training."""
@@ -358,7 +359,7 @@ class FlowTask(Task):
 
     def sample_images(self, labels: int | Tensor, seed: int) -> Tensor:
         """Images (n, 3, H, W) in [0, 1] for n samples or the given labels (n,), drawn and denoised as the task is set to."""
-        with self.trainer.precision_plugin.forward_context():
+        with gathered(self.flow), self.trainer.precision_plugin.forward_context():
             condition: int | Condition = labels if isinstance(labels, int) else Condition(labels=labels)
             if not isinstance(condition, int) and self.flow.kind != "labels":
                 condition = len(condition)
@@ -380,17 +381,20 @@ class FlowTask(Task):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """See `FlowEvaluator`."""
-        self._evaluator.update(batch)
+        with gathered(self.flow):
+            self._evaluator.update(batch)
 
     def on_test_epoch_end(self) -> None:
         """Finish the evaluation and report the numbers."""
-        self._evaluator.finish()
+        with gathered(self.flow):
+            self._evaluator.finish()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Per image: `indices`, `valid` (False: padding), `nll` (B,) in nats per dimension and, given classes, `log_probs` (B, classes)."""
         codes = self.codes(batch, "predict", 0)
         out: dict[str, Tensor] = {"indices": batch["indices"], "valid": batch["valid"]}
-        out["nll"] = -self.flow.log_prob(codes, self.condition(batch, dropout=False)) / codes.shape[1:].numel()
-        if self.flow.num_classes:
-            out["log_probs"] = self.flow.class_log_probs(codes).log_softmax(1)
+        with gathered(self.flow):
+            out["nll"] = -self.flow.log_prob(codes, self.condition(batch, dropout=False)) / codes.shape[1:].numel()
+            if self.flow.num_classes:
+                out["log_probs"] = self.flow.class_log_probs(codes).log_softmax(1)
         return out

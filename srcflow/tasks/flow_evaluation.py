@@ -263,7 +263,7 @@ class FlowEvaluator:
         u = randomness.normal(
             (self.dims // self.flow.channels, self.flow.channels), seed=self.task.seed, purpose="round_trip", step=0, indices=range(n)
         )
-        u = u.to(self.task.device)
+        u = u.to(self.task.device, torch.promote_types(u.dtype, self.flow.prior_std.dtype))
         condition = None
         if self.flow.num_classes:
             condition = Condition(labels=torch.arange(n, device=u.device) % self.flow.num_classes)

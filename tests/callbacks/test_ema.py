@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from srcflow.callbacks import averages
+from srcflow.callbacks.averages import choose, read_weights
 from srcflow.callbacks.ema import EMA
-from srcflow.errors import ConfigError
+from srcflow.errors import ArtifactError, ConfigError
 
 
 class Line(L.LightningModule):
@@ -160,3 +162,102 @@ def test_an_exception_during_validation_puts_the_trained_weights_back(tmp_path: 
 def test_bad_decay() -> None:
     with pytest.raises(ConfigError, match="decay"):
         EMA(1.0)
+
+
+def test_several_averages_follow_the_weights_each_and_resume(tmp_path: Path) -> None:
+    """The first is evaluated; a run may go on with fewer, in another order, or with one the checkpoint does not know."""
+    straight, ema = Line(), EMA([0.9, 0.5], warmup=False)
+    start = straight.net.weight.detach().clone()
+    trainer(tmp_path, ema).fit(straight, loader(), loader())
+    expected = {d: reference(straight.trail, start, d, warmup=False) for d in (0.9, 0.5)}
+    torch.testing.assert_close(straight.seen[-1], expected[0.9][-1])
+
+    half = Line()
+    t = trainer(tmp_path, EMA([0.9, 0.5], warmup=False), max_epochs=1)
+    t.fit(half, loader())
+    t.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    assert saved["averages"]["decays"] == [0.9, 0.5]
+    torch.testing.assert_close(saved["state_dict"]["net.weight"], expected[0.9][3])
+    torch.testing.assert_close(saved["averages"]["further"][0]["net.weight"], expected[0.5][3])
+    torch.testing.assert_close(choose(saved, 0.5, what="it")["net.weight"], expected[0.5][3])
+    assert choose(saved, None, what="it") is saved["state_dict"]
+    with pytest.raises(ConfigError, match=r"ema = 0.7: it keeps averages of decay 0.9, 0.5"):
+        choose(saved, 0.7, what="it")
+
+    for decays, ends in (([0.9, 0.5], [0.9, 0.5]), (0.5, [0.5]), ([0.5, 0.9], [0.5, 0.9])):
+        resumed, other = Line(), EMA(decays, warmup=False)
+        t = trainer(tmp_path, other)
+        t.fit(resumed, loader(), ckpt_path=str(tmp_path / "half.ckpt"))
+        t.save_checkpoint(tmp_path / "end.ckpt")
+        end = torch.load(tmp_path / "end.ckpt", weights_only=True)
+        for d in ends:
+            torch.testing.assert_close(choose(end, d, what="it")["net.weight"], expected[d][-1])
+        if decays == [0.9, 0.5]:
+            assert torch.equal(other.weights(resumed, "ema")["net.weight"], ema.weights(straight, "ema")["net.weight"])
+
+    resumed, other = Line(), EMA([0.9, 0.2], warmup=False)
+    trainer(tmp_path, other).fit(resumed, loader(), ckpt_path=str(tmp_path / "half.ckpt"))
+    mean = expected[0.9][3]
+    for w in resumed.trail:
+        mean = 0.2 * mean + 0.8 * w
+    torch.testing.assert_close(other._shadows[1]["net.weight"], mean)
+
+
+def test_snapshots_are_kept_on_schedule_and_not_written_again(tmp_path: Path) -> None:
+    def run(epochs: int, ckpt: str | None = None) -> L.Trainer:
+        t = trainer(tmp_path, EMA([0.9, 0.5], warmup=False, snapshot_every=3), max_epochs=epochs)
+        t.fit(Line(), loader(), ckpt_path=ckpt)
+        return t
+
+    def files() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "snapshots").iterdir()}
+
+    run(1).save_checkpoint(tmp_path / "half.ckpt")
+    first = files()
+    assert set(first) == {"step-00000003-ema-0.9.safetensors", "step-00000003-ema-0.5.safetensors"}
+    saved = read_weights(tmp_path / "snapshots/step-00000003-ema-0.5.safetensors")
+    assert (saved["step"], saved["ema"]) == (3, 0.5)
+    model = Line()
+    start = model.net.weight.detach().clone()
+    trainer(tmp_path, None).fit(model, loader())
+    torch.testing.assert_close(saved["state_dict"]["net.weight"], reference(model.trail, start, 0.5, warmup=False)[2])
+    assert set(saved["state_dict"]) == set(model.state_dict())
+    assert torch.equal(saved["state_dict"]["frozen.weight"], model.frozen.weight)
+
+    (tmp_path / "snapshots/step-00000003-ema-0.9.safetensors").unlink()
+    del first["step-00000003-ema-0.9.safetensors"]
+    run(2, str(tmp_path / "half.ckpt"))  # steps 4 to 8
+    assert {k: v for k, v in files().items() if "00000003" in k} == first
+    run(2)
+    assert {k: v for k, v in files().items() if k in first} == first
+    assert sorted(files()) == [f"step-0000000{n}-ema-{d}.safetensors" for n in (3, 6) for d in (0.5, 0.9)]
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: Any, path: str, **more: Any) -> None:
+        Path(path).write_bytes(b"part")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(averages, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        averages.write_snapshot(tmp_path / "step.safetensors", {}, {})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "broken.safetensors").write_bytes(b"part")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_weights(tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"decay": [0.9, 1.0]}, "ema.decay = 1.0"),
+        ({"decay": []}, "is empty"),
+        ({"decay": [0.9, 0.9]}, "twice"),
+        ({"snapshot_every": 0}, "ema.snapshot_every = 0"),
+        ({"snapshots": "here"}, "does nothing without snapshot_every"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EMA(**arguments)

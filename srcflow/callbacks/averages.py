@@ -1,0 +1,77 @@
+"""Files that hold averaged weights: what a checkpoint says of its averages, and snapshots of them in safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from srcflow.errors import ArtifactError, ConfigError
+
+AVERAGES = "averages"
+"""Key of a checkpoint: `decays`, and `further`, the averages besides that of `decays[0]`, which is in `state_dict`."""
+
+SUFFIX = ".safetensors"
+
+
+def averages_of(checkpoint: Mapping[str, Any]) -> dict[float, dict[str, Tensor]]:
+    """The further averages of a checkpoint by their decay; a first entry, empty, for the one in `state_dict`. Empty: it has no say."""
+    stored = checkpoint.get(AVERAGES)
+    return dict(zip(stored["decays"], [{}, *stored["further"]], strict=True)) if stored else {}
+
+
+def choose(checkpoint: Mapping[str, Any], decay: float | None, *, what: str) -> dict[str, Tensor]:
+    """A checkpoint's `state_dict` with the average of some decay; None: as it is.
+
+    Raises:
+        ConfigError: the checkpoint has no such average; lists those it has.
+    """
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    if decay is None:
+        return state
+    known = averages_of(checkpoint)
+    if decay not in known:
+        kept = f"keeps averages of decay {', '.join(map(str, known))}" if known else "keeps one average, whose decay it does not say"
+        raise ConfigError("ema", decay, f"{what} {kept}.", "Name one of them, or leave it out.")
+    return {**state, **known[decay]}
+
+
+def write_snapshot(path: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write weights in one step: a reader finds the whole file or none.
+
+    Args:
+        path: the file; its directory is made.
+        state: tensors on the CPU that share no memory.
+        facts: JSON-able; what they are of.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({k: v.contiguous() for k, v in state.items()}, str(partial), metadata={"facts": json.dumps(facts)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint, or what a snapshot has of one (`state_dict`, and the task's facts under "srcflow"); on the CPU.
+
+    Raises:
+        ArtifactError: a snapshot that cannot be read.
+    """
+    if Path(path).suffix != SUFFIX:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as f:
+            facts = json.loads((f.metadata() or {}).get("facts", "{}"))
+            state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  # safe_open is no mapping
+    except (SafetensorError, OSError) as e:
+        raise ArtifactError(f"{path} cannot be read: {e}.") from e
+    return {"state_dict": state, **facts}
