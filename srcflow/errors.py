@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,28 @@ class ManifestMismatchError(ArtifactError):
         self.differences = differences
         lines = [f"  {k}: stored {stored!r}, this run {wanted!r}" for k, (stored, wanted) in differences.items()]
         super().__init__(f"{what} does not belong to this run:\n" + "\n".join(lines) + (f"\n{cure}" if cure else ""))
+
+
+class CheckpointError(SrcflowError):
+    """A checkpoint that cannot be written or read; says what to go on from."""
+
+
+class StoppedError(SrcflowError):
+    """A run that ended because a signal asked it to; no fault of anybody.
+
+    Args:
+        signum: the signal.
+        what: what became of the run.
+    """
+
+    def __init__(self, signum: int, what: str) -> None:
+        self.signum = signal.Signals(signum)
+        super().__init__(f"stopped by {self.signum.name} {what}")
+
+    @property
+    def status(self) -> int:
+        """Exit status: 130 for an interrupt by the user, else 75 (EX_TEMPFAIL): start again to go on."""
+        return 130 if self.signum == signal.SIGINT else 75
 
 
 class NonFiniteError(SrcflowError, ArithmeticError):

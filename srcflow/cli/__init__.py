@@ -13,11 +13,12 @@ import pkgutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 
 from srcflow import __version__
-from srcflow.errors import SrcflowError
+from srcflow.cli import ranks
+from srcflow.errors import SrcflowError, StoppedError
 
 TRAINER_COMMANDS = {
     "fit": "Train a stage (autoencoder, compressor or flow) from a configuration.",
@@ -44,17 +45,26 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: the status was not 0. Errors of the user (any `SrcflowError`, any wrong argument) have been printed as one
-            `error: ...` message and have status 2; with `--debug` or SRCFLOW_TRACEBACK=1 they are raised as they are.
+            `error: ...` message and have status 2; with `--debug` or SRCFLOW_TRACEBACK=1 they are raised as they are. A run that a
+            signal stopped has status 75 (130 for an interrupt from the keyboard) and goes on if it is started again.
     """
     args = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in args[:1]
     args = args[1:] if debug else args
-    with _process(args, debug):
+    with _process(args, debug), ranks.company():
         try:
             status = _dispatch(args)
         except KeyboardInterrupt:
             status = 130
             print("interrupted", file=sys.stderr)
+        except SystemExit as e:  # Lightning's own way to end an interrupted run
+            if not isinstance(e.__context__, KeyboardInterrupt):
+                raise
+            status = 130
+        except StoppedError as e:
+            status = 0 if ranks.launched() else e.status  # Lightning kills all where a launched rank ends with another status
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(e, file=sys.stderr)
         except Exception as e:
             from srcflow.cli.parser import traceback_wanted, user_error
 
@@ -91,7 +101,8 @@ def _dispatch(args: list[str]) -> int:
     elif name == "--version":
         print(f"srcflow {__version__}")
     elif name in TRAINER_COMMANDS:
-        _run_trainer()
+        with ranks.stoppable() if name == "fit" else nullcontext():
+            _run_trainer()
     elif name in COMMANDS:
         from srcflow.cli.parser import Parser
 
@@ -114,6 +125,7 @@ def _run_trainer() -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from srcflow.cli.parser import Parser
+    from srcflow.cli.run_directory import RunRecord, RunTrainer
     from srcflow.tasks.base import Task
 
     load_parts()
@@ -130,6 +142,8 @@ def _run_trainer() -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,  # a task owns its optimizers
         load_from_checkpoint_support=False,  # tasks store no hyperparameters, so a checkpoint never overrides what the user asks for
+        trainer_class=RunTrainer,
+        save_config_callback=RunRecord,
         parser_class=TrainerParser,
         parser_kwargs={"prog": "srcflow", **{k: {"description": v} for k, v in TRAINER_COMMANDS.items()}},
         save_config_kwargs={"overwrite": True},  # resuming into the same folder is ordinary
