@@ -10,7 +10,13 @@ from typing import Any
 
 
 class SrcflowError(Exception):
-    """Base of every error that srcflow raises on purpose."""
+    """Base of every error that srcflow raises on purpose.
+
+    Attributes:
+        status: exit status of a command that ends with it.
+    """
+
+    status = 2
 
 
 class ConfigError(SrcflowError, ValueError):
@@ -89,12 +95,14 @@ class StoppedError(SrcflowError):
 
     def __init__(self, signum: int, what: str) -> None:
         self.signum = signal.Signals(signum)
+        self.status = 130 if self.signum == signal.SIGINT else 75  # EX_TEMPFAIL: start again to go on
         super().__init__(f"stopped by {self.signum.name} {what}")
 
-    @property
-    def status(self) -> int:
-        """Exit status: 130 for an interrupt by the user, else 75 (EX_TEMPFAIL): start again to go on."""
-        return 130 if self.signum == signal.SIGINT else 75
+
+class LostRankError(SrcflowError):
+    """Another process of the run has gone, so this one cannot go on."""
+
+    status = 1
 
 
 class NonFiniteError(SrcflowError, ArithmeticError):

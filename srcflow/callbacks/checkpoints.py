@@ -182,21 +182,25 @@ class Checkpoints(ModelCheckpoint):
         """Where the files are."""
         return Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir) / "checkpoints"
 
+    def last(self, trainer: L.Trainer) -> Path | None:
+        """What `--ckpt_path last` stands for: last.ckpt, or else the file written last."""
+        folder = self.folder(trainer)
+        link = folder / f"{self.CHECKPOINT_NAME_LAST}{SUFFIX}"
+        files = sorted(folder.glob(f"step-*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns)
+        return link if link.exists() else files[-1] if files else None
+
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        """What `--ckpt_path last` stands for (Lightning asks): last.ckpt, or else the newest file; nothing starts a fit afresh.
+        """Lightning asks this for `last`.
 
         Raises:
             CheckpointError: it is damaged, or there is none to evaluate.
         """
-        folder = self.folder(trainer)
-        last = folder / f"{self.CHECKPOINT_NAME_LAST}{SUFFIX}"
-        files = sorted(folder.glob(f"step-*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns)
-        if last.exists() or files:
-            found = last if last.exists() else files[-1]
-            checkpoint_files.check(found)
-            return {str(found)}
+        last = self.last(trainer)
+        if last is not None:
+            checkpoint_files.check(last)
+            return {str(last)}
         if trainer.state.fn != "fit":
-            raise CheckpointError(f"--ckpt_path last: there is no checkpoint in {folder}.")
+            raise CheckpointError(f"--ckpt_path last: there is no checkpoint in {self.folder(trainer)}.")
         return set()
 
     # --- SLURM -----------------------------------------------------------------------------------------------------------------

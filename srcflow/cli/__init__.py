@@ -71,7 +71,7 @@ def main(args: list[str] | None = None) -> None:
             error = user_error(e)
             if error is None or traceback_wanted():
                 raise
-            status = 2
+            status = error.status
             print(f"error: {error}", file=sys.stderr)
     if status:
         raise SystemExit(status)

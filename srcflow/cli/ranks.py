@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from srcflow.errors import LostRankError, StoppedError
 
 LAUNCHER = "SRCFLOW_LAUNCHER"
 """Environment variable with the number of the process that launches the other ranks of its node, if Lightning does it."""
@@ -47,38 +48,36 @@ def _watch(launcher: int, done: threading.Event) -> None:
         if os.getppid() != launcher:
             if not done.wait(GRACE):  # it hangs, most likely in a collective
                 rank = os.environ["LOCAL_RANK"]
-                os.write(2, f"error: rank {rank} ends: process {launcher}, which launched it (local rank 0), has gone.\n".encode())
+                os.write(2, f"error: process {launcher}, local rank 0, has gone; rank {rank} hangs and is ended.\n".encode())
                 os._exit(1)
             return
 
 
-def report_dead(processes: Sequence[subprocess.Popen[Any]], patience: float = 2.0) -> list[str]:
-    """Print which of the launched ranks have ended badly, and how.
+def lost(processes: Sequence[subprocess.Popen[Any]], patience: float = 2.0) -> LostRankError | None:
+    """Why a collective failed, if it did because another process of this node has gone.
 
     Args:
-        processes: local ranks 1, 2, ...
-        patience: seconds to wait for the first that has; an error in a collective comes before the end of the process that caused it.
-
-    Returns:
-        One line for each.
+        processes: local ranks 1, 2, ..., where this process launched them.
+        patience: seconds to wait for the first that has gone; an error in a collective may come before the end of its process is known.
     """
     end = time.monotonic() + patience
-    lines: list[str] = []
-    while processes and not lines and time.monotonic() < end:
+    launcher = os.environ.get(LAUNCHER)
+    while time.monotonic() < end:
         for rank, process in enumerate(processes, 1):
             if status := process.poll():
                 how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                lines.append(f"error: rank {rank} (process {process.pid}) {how}, so the others cannot go on.")
+                return LostRankError(f"rank {rank} (process {process.pid}) {how}, so the others cannot go on.")
+        if not processes and ("LOCAL_RANK" not in os.environ or launcher is None):
+            return None
+        if not processes and launcher != str(os.getppid()):
+            return LostRankError(f"process {launcher}, local rank 0, has gone, so rank {os.environ['LOCAL_RANK']} cannot go on.")
         time.sleep(0.05)
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
-    return lines
+    return None
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Until training takes the signals over, SIGTERM and SIGUSR1 end the run with the status that means "start again"."""
-    from srcflow.errors import StoppedError
 
     def stop(signum: int, frame: Any) -> None:
         raise StoppedError(signum, "before the first step; the same command starts again.")

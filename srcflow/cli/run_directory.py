@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -16,15 +17,19 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 import srcflow
 from srcflow import artifacts
 from srcflow.callbacks import checkpoint_files
+from srcflow.callbacks.checkpoints import Checkpoints
 from srcflow.cli import ranks
-from srcflow.errors import ArtifactError, ManifestMismatchError
+from srcflow.errors import ArtifactError, ManifestMismatchError, SrcflowError
 from srcflow.tasks.base import Task
 
 FILE, FORMAT = "run.json", 1
+COLLECTIVE = re.compile("gloo|nccl|connection|peer|timed out", re.IGNORECASE)
+"""What torch's error says if a collective failed."""
 TRAINER = ("max_steps", "max_epochs", "precision", "limit_train_batches", "overfit_batches")
 """Keys of `trainer` that belong to what a run is; besides them, the EMA among its callbacks."""
 MODEL_FREE = (
@@ -73,6 +78,10 @@ class RunTrainer(L.Trainer):
         """
         if ckpt_path is not None and ckpt_path not in ("last", "best", "hpc") and "://" not in ckpt_path:
             checkpoint_files.check(ckpt_path)
+        ours = [c for c in self.checkpoint_callbacks if isinstance(c, Checkpoints)]
+        if ckpt_path == "last" and len(ours) == len(self.checkpoint_callbacks) and not any(c.last(self) for c in ours):
+            rank_zero_info(f"--ckpt_path last: no checkpoint in {', '.join(str(c.folder(self)) for c in ours)} yet; this is a fresh start.")
+            ckpt_path = None
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only=True)
 
 
@@ -135,10 +144,11 @@ class RunRecord(SaveConfigCallback):
         self._end(trainer, "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Record why it ended, and say which ranks are gone."""
-        self._end(trainer, f"{type(exception).__name__}: {exception}"[:1000])
-        if isinstance(exception, Exception) and not isinstance(exception, srcflow.errors.SrcflowError):
-            ranks.report_dead(getattr(trainer.strategy.launcher, "procs", []))
+        """Record why it ended; that another rank has gone becomes the cause of an error that knows none."""
+        if isinstance(exception, RuntimeError) and exception.__cause__ is None and COLLECTIVE.search(str(exception)):
+            exception.__cause__ = ranks.lost(getattr(trainer.strategy.launcher, "procs", []))
+        reason = exception.__cause__ if isinstance(exception.__cause__, SrcflowError) else exception
+        self._end(trainer, f"{type(reason).__name__}: {reason}"[:1000])
 
     def _end(self, trainer: L.Trainer, how: str) -> None:
         path = Path(trainer.default_root_dir) / FILE
