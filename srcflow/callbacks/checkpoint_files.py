@@ -60,7 +60,7 @@ class CheckpointFiles(TorchCheckpointIO):
                 partial.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Read a checkpoint, always with `weights_only=True`.
+        """Read a checkpoint, always with `weights_only=True`, after comparing its checksums (torch does not).
 
         Raises:
             CheckpointError: there is none, or it is damaged; names the newest whole one beside it.
@@ -68,6 +68,8 @@ class CheckpointFiles(TorchCheckpointIO):
         if not _is_local_file_protocol(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         check(path)
+        if not whole(Path(path)):
+            raise refusal(Path(path), "is damaged: a checksum is wrong")
         try:
             return super().load_checkpoint(path, map_location, weights_only=True)
         except UNREADABLE as e:

@@ -109,9 +109,8 @@ class Checkpoints(ModelCheckpoint):
         if signum and step != trainer.max_steps:
             self.save(trainer)
             requeued = signum == self._requeue_signal(trainer) and self._requeue(trainer)
-            raise StoppedError(
-                signum, f"at step {step}; {'requeued. It' if requeued else '--ckpt_path last'} goes on from {self.path(step)}."
-            )
+            way = "the job is queued again and" if requeued else "--ckpt_path last"
+            raise StoppedError(signum, f"at step {step}; {way} goes on from {self.path(step)}.")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write a checkpoint, unless steps say when."""

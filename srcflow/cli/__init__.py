@@ -120,10 +120,11 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _run_trainer() -> None:
-    """LightningCLI as it is, for any Task and any LightningDataModule; it reads sys.argv."""
+    """LightningCLI, for any Task and any LightningDataModule; it reads sys.argv."""
     import lightning as L
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+    from srcflow.callbacks import checkpoint_files
     from srcflow.cli.parser import Parser
     from srcflow.cli.run_directory import RunRecord, RunTrainer
     from srcflow.tasks.base import Task
@@ -134,7 +135,14 @@ def _run_trainer() -> None:
     class TrainerParser(Parser, LightningArgumentParser):
         bases = MappingProxyType({"model": Task, "data": L.LightningDataModule, "trainer": L.Trainer})
 
-    LightningCLI(
+    class CheckingCLI(LightningCLI):
+        def _parse_ckpt_path(self) -> None:
+            """Lightning reads all of the file for hyperparameters, of which tasks store none; see only whether it is one."""
+            path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+            if path is not None and path not in ("last", "best", "hpc") and "://" not in path:
+                checkpoint_files.check(path)
+
+    CheckingCLI(
         Task,
         L.LightningDataModule,
         subclass_mode_model=True,

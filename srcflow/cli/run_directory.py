@@ -47,12 +47,14 @@ MODEL_FREE = (
 """Options of a task that do not: where and how it is evaluated, written and computed, and weights that a checkpoint replaces."""
 MODEL_PLACES = ("codec", "autoencoder")
 """Options that name an earlier stage's directory, where they are a path: its content counts, not its place."""
+LATER = ("data.content", "built_on")
+"""What is known of a run only once its data and artifacts are open."""
 DATA_FREE = ("batch_size", "num_workers")
 """Options of a datamodule that do not; the global batch counts instead of `batch_size`, the data instead of their place."""
 
 
 class RunTrainer(L.Trainer):
-    """Lightning's Trainer; `fit` looks at a checkpoint before anything is built on it, and takes `change_config`."""
+    """Lightning's Trainer; `fit` starts afresh where there is nothing to go on from, and takes `change_config`."""
 
     def fit(  # type: ignore[override]
         self,
@@ -72,12 +74,7 @@ class RunTrainer(L.Trainer):
             datamodule: the data.
             ckpt_path: checkpoint to go on from, or "last" for the newest of this run, if there is one.
             change_config: let this start differ from the earlier ones in trainer.default_root_dir; the difference is recorded there.
-
-        Raises:
-            CheckpointError: the checkpoint is not there or cut off.
         """
-        if ckpt_path is not None and ckpt_path not in ("last", "best", "hpc") and "://" not in ckpt_path:
-            checkpoint_files.check(ckpt_path)
         ours = [c for c in self.checkpoint_callbacks if isinstance(c, Checkpoints)]
         if ckpt_path == "last" and len(ours) == len(self.checkpoint_callbacks) and not any(c.last(self) for c in ours):
             rank_zero_info(f"--ckpt_path last: no checkpoint in {', '.join(str(c.folder(self)) for c in ours)} yet; this is a fresh start.")
@@ -165,6 +162,7 @@ class RunRecord(SaveConfigCallback):
                 if record is not None:
                     same = record["starts"][-1]["srcflow"] == srcflow.__version__
                     found = differences(record["identity"], self._identity or {}, one_sided=same)
+                    found = {k: v for k, v in found.items() if not (v[1] is None and k in LATER)}
             except ArtifactError as e:
                 found = str(e)
         found = trainer.strategy.broadcast(found)
