@@ -90,6 +90,7 @@ class RunRecord(SaveConfigCallback):
 
     _identity: dict[str, Any] | None = None
     _config: dict[str, Any]
+    _recorded = False
 
     # --- Lightning's hooks -----------------------------------------------------------------------------------------------------
 
@@ -135,6 +136,7 @@ class RunRecord(SaveConfigCallback):
         record["starts"].append(start)
         record.update(identity=self._identity, config=self._config)
         write(path, record)
+        self._recorded = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record that it is done."""
@@ -149,7 +151,7 @@ class RunRecord(SaveConfigCallback):
 
     def _end(self, trainer: L.Trainer, how: str) -> None:
         path = Path(trainer.default_root_dir) / FILE
-        if self._identity is not None and trainer.is_global_zero and (record := read(path)) and record["starts"]:
+        if self._recorded and (record := read(path)):
             record["starts"][-1]["ended"] = {"step": trainer.global_step, "how": how}
             write(path, record)
 

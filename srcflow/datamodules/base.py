@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from srcflow.data.batches import collate
 from srcflow.data.sampler import KeyedSampler
+from srcflow.data.workers import leave_signals_to_the_rank
 from srcflow.errors import ConfigError, Problems
 from srcflow.types import Batch
 
@@ -206,6 +207,7 @@ class DataModule(L.LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_the_rank,
         )
 
     def train_dataloader(self) -> Any:

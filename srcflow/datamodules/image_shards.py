@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from srcflow.data.image_shards import ImageShardsDataset, ImageShardsStream
 from srcflow.data.shard_index import ShardIndex, expand
 from srcflow.data.transforms import ImageTransform
+from srcflow.data.workers import leave_signals_to_the_rank
 from srcflow.datamodules.base import DataModule, Split, as_batch
 from srcflow.errors import ConfigError
 from srcflow.types import Batch
@@ -131,6 +132,7 @@ class StreamLoader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_the_rank,
         )
 
     def __len__(self) -> int:
