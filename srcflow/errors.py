@@ -91,18 +91,27 @@ class StoppedError(SrcflowError):
     Args:
         signum: the signal.
         what: what became of the run.
+        agreed: whether all ranks end alike.
     """
 
-    def __init__(self, signum: int, what: str) -> None:
+    def __init__(self, signum: int, what: str, *, agreed: bool = True) -> None:
+        self.agreed = agreed
         self.signum = signal.Signals(signum)
         self.status = 130 if self.signum == signal.SIGINT else 75  # EX_TEMPFAIL: start again to go on
         super().__init__(f"stopped by {self.signum.name} {what}")
 
 
 class LostRankError(SrcflowError):
-    """Another process of the run has gone, so this one cannot go on."""
+    """Another process of the run has gone, so this one cannot go on.
 
-    status = 1
+    Args:
+        message: which, and how.
+        status: exit status; 75 if the other was stopped by a signal.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        self.status = status
+        super().__init__(message)
 
 
 class NonFiniteError(SrcflowError, ArithmeticError):

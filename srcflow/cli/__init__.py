@@ -62,7 +62,7 @@ def main(args: list[str] | None = None) -> None:
                 raise
             status = 130
         except StoppedError as e:
-            status = 0 if ranks.launched() else e.status  # Lightning kills all where a launched rank ends with another status
+            status = 0 if e.agreed and ranks.launched() else e.status  # Lightning kills all where a launched rank ends with another status
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(e, file=sys.stderr)
         except Exception as e:

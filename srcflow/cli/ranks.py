@@ -66,7 +66,7 @@ def lost(processes: Sequence[subprocess.Popen[Any]], patience: float = 2.0) -> L
         for rank, process in enumerate(processes, 1):
             if status := process.poll():
                 how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                return LostRankError(f"rank {rank} (process {process.pid}) {how}, so the others cannot go on.")
+                return LostRankError(f"rank {rank} (process {process.pid}) {how}, so the others cannot go on.", 75 if status == 75 else 1)
         if not processes and ("LOCAL_RANK" not in os.environ or launcher is None):
             return None
         if not processes and launcher != str(os.getppid()):
@@ -80,7 +80,7 @@ def stoppable() -> Iterator[None]:
     """Until training takes the signals over, SIGTERM and SIGUSR1 end the run with the status that means "start again"."""
 
     def stop(signum: int, frame: Any) -> None:
-        raise StoppedError(signum, "before the first step; the same command starts again.")
+        raise StoppedError(signum, "before the first step; the same command starts again.", agreed=False)
 
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -189,7 +189,13 @@ def test_nobody_is_blamed_without_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     finally:
         sleeper.kill()
         sleeper.wait()
-    assert "rank 2" in str(ranks.lost([done, sleeper]))
+    lost = ranks.lost([done, sleeper])
+    assert lost is not None
+    assert (str(lost), lost.status) == (f"rank 2 (process {sleeper.pid}) was killed by SIGKILL, so the others cannot go on.", 1)
+    told = subprocess.Popen([sys.executable, "-c", "raise SystemExit(75)"])  # stopped by a signal before the first step
+    lost = ranks.lost([told], patience=20)
+    assert lost is not None
+    assert lost.status == 75
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert ranks.lost([]) is None  # torchrun launched it
     with ranks.company():
