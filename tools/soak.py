@@ -147,13 +147,25 @@ class Run:
                 found.append(int(stat.parent.name))
         return sorted(found)
 
-    def strike(self, kill: str) -> None:
-        """Do to the run what `kill` says; nothing if the process is not there."""
+    def ranks(self) -> list[int]:
+        """The processes of rank 0 and, once it is there, rank 1."""
         assert self.first is not None
-        alive = self.processes()
+        second = []
+        for pid in self.processes():
+            try:
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"LOCAL_RANK=1" in environment:
+                second.append(pid)
+        return [self.first.pid, *second[:1]]
+
+    def strike(self, kill: str) -> None:
+        """Do to the run what `kill` says, once both ranks are there; nothing if it ends before."""
+        while len(found := self.ranks()) < 2 and self.wait(0) is None:
+            time.sleep(0.1)
         number = signal.SIGKILL if "-9" in kill else signal.SIGTERM if "TERM" in kill else signal.SIGUSR1
-        targets = alive if kill.endswith("all") else alive[:1] if kill.endswith("0") else alive[1:2]
-        for pid in targets:
+        for pid in self.processes() if kill.endswith("all") else found[:1] if kill.endswith("0") else found[1:]:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
