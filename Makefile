@@ -12,7 +12,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # files stay together: the tests of one share what they build
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install demo test test-slow lint types docs bench clean
+.PHONY: help install demo test test-slow lint types docs bench soak clean
 
 help:
 	@echo "make install    .venv with the package, editable, and everything below needs"
@@ -23,6 +23,7 @@ help:
 	@echo "make types      mypy --strict"
 	@echo "make docs       the documentation, in site/"
 	@echo "make bench      speed of the parts"
+	@echo "make soak       30 minutes of training under random kills: the weights of an undisturbed run, bit for bit"
 	@echo "make clean      remove caches and what was built; .venv and runs/ stay"
 
 install: $(VENV)/.dev $(VENV)/.docs
@@ -49,6 +50,9 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.dev
 	$(BIN)/python tools/bench.py
+
+soak: $(VENV)/.dev
+	$(BIN)/python tools/soak.py
 
 clean:
 	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 class SrcflowError(Exception):
-    """Base of every error that srcflow raises on purpose."""
+    """Base of every error that srcflow raises on purpose.
+
+    Attributes:
+        status: exit status of a command that ends with it.
+    """
+
+    status = 2
 
 
 class ConfigError(SrcflowError, ValueError):
@@ -76,6 +83,39 @@ class ManifestMismatchError(ArtifactError):
         self.differences = differences
         lines = [f"  {k}: stored {stored!r}, this run {wanted!r}" for k, (stored, wanted) in differences.items()]
         super().__init__(f"{what} does not belong to this run:\n" + "\n".join(lines) + (f"\n{cure}" if cure else ""))
+
+
+class CheckpointError(SrcflowError):
+    """A checkpoint that cannot be written or read; says what to go on from."""
+
+
+class StoppedError(SrcflowError):
+    """A run that ended because a signal asked it to; no fault of anybody.
+
+    Args:
+        signum: the signal.
+        what: what became of the run.
+        agreed: whether all ranks end alike.
+    """
+
+    def __init__(self, signum: int, what: str, *, agreed: bool = True) -> None:
+        self.agreed = agreed
+        self.signum = signal.Signals(signum)
+        self.status = 130 if self.signum == signal.SIGINT else 75  # EX_TEMPFAIL: start again to go on
+        super().__init__(f"stopped by {self.signum.name} {what}")
+
+
+class LostRankError(SrcflowError):
+    """Another process of the run has gone, so this one cannot go on.
+
+    Args:
+        message: which, and how.
+        status: exit status; 75 if the other was stopped by a signal.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        self.status = status
+        super().__init__(message)
 
 
 class NonFiniteError(SrcflowError, ArithmeticError):

@@ -185,7 +185,7 @@ def test_no_two_runs_write_to_one_place() -> None:
     for artifact, root, run in zip(artifacts, roots, runs, strict=True):
         assert artifact.startswith(f"{root}/")
         for callback, arguments in callbacks_of(run):
-            if callback == "ModelCheckpoint":
+            if callback == "Checkpoints":
                 assert arguments["dirpath"] == f"{root}/checkpoints"
 
 

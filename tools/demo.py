@@ -83,7 +83,7 @@ def run_stage(stage: str, precision: str) -> None:
             )
     elif stage in CONFIGS:
         shutil.rmtree(RUN / stage / "logs", ignore_errors=True)  # or TensorBoard would draw two runs as one
-        srcflow("fit", f"--config={CONFIGS[stage]}", f"--trainer.precision={precision}")
+        srcflow("fit", f"--config={CONFIGS[stage]}", f"--trainer.precision={precision}", "--change_config=true")  # or 32-true after bf16
     elif stage == "test":
         for name, config in CONFIGS.items():
             checkpoint = RUN / name / "checkpoints" / "last.ckpt"

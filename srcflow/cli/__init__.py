@@ -13,11 +13,11 @@ import pkgutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import MappingProxyType
+from contextlib import contextmanager, nullcontext
 
 from srcflow import __version__
-from srcflow.errors import SrcflowError
+from srcflow.cli import ranks
+from srcflow.errors import SrcflowError, StoppedError
 
 TRAINER_COMMANDS = {
     "fit": "Train a stage (autoencoder, compressor or flow) from a configuration.",
@@ -44,24 +44,33 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: the status was not 0. Errors of the user (any `SrcflowError`, any wrong argument) have been printed as one
-            `error: ...` message and have status 2; with `--debug` or SRCFLOW_TRACEBACK=1 they are raised as they are.
+            `error: ...` message and have status 2; with `--debug` or SRCFLOW_TRACEBACK=1 they are raised as they are. A run that a
+            signal stopped has status 75 (130 for an interrupt from the keyboard) and goes on if it is started again.
     """
     args = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in args[:1]
     args = args[1:] if debug else args
-    with _process(args, debug):
+    with _process(args, debug), ranks.company():
         try:
             status = _dispatch(args)
         except KeyboardInterrupt:
             status = 130
             print("interrupted", file=sys.stderr)
+        except SystemExit as e:  # Lightning's own way to end an interrupted run
+            if not isinstance(e.__context__, KeyboardInterrupt):
+                raise
+            status = 130
+        except StoppedError as e:
+            status = 0 if e.agreed and ranks.launched() else e.status  # Lightning kills all where a launched rank ends with another status
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(e, file=sys.stderr)
         except Exception as e:
             from srcflow.cli.parser import traceback_wanted, user_error
 
             error = user_error(e)
             if error is None or traceback_wanted():
                 raise
-            status = 2
+            status = error.status
             print(f"error: {error}", file=sys.stderr)
     if status:
         raise SystemExit(status)
@@ -91,7 +100,10 @@ def _dispatch(args: list[str]) -> int:
     elif name == "--version":
         print(f"srcflow {__version__}")
     elif name in TRAINER_COMMANDS:
-        _run_trainer()
+        with ranks.stoppable() if name == "fit" else nullcontext():
+            from srcflow.cli.trainer import run_trainer
+
+            run_trainer()
     elif name in COMMANDS:
         from srcflow.cli.parser import Parser
 
@@ -106,39 +118,6 @@ def _dispatch(args: list[str]) -> int:
         hint = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
         raise SrcflowError(f"{name!r} is no command.{hint} Known: {', '.join(known)}.")
     return 0
-
-
-def _run_trainer() -> None:
-    """LightningCLI as it is, for any Task and any LightningDataModule; it reads sys.argv."""
-    import lightning as L
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
-    from srcflow.cli.parser import Parser
-    from srcflow.tasks.base import Task
-    from srcflow.tasks.strategies import check_name
-
-    load_parts()
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)  # Lightning 2.6 on torch 2.15
-
-    class TrainerParser(Parser, LightningArgumentParser):
-        bases = MappingProxyType({"model": Task, "data": L.LightningDataModule, "trainer": L.Trainer})
-
-    class TrainerCLI(LightningCLI):
-        def before_instantiate_classes(self) -> None:
-            check_name(self.config[self.config.subcommand].trainer.strategy)
-
-    TrainerCLI(
-        Task,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,  # a task owns its optimizers
-        load_from_checkpoint_support=False,  # tasks store no hyperparameters, so a checkpoint never overrides what the user asks for
-        parser_class=TrainerParser,
-        parser_kwargs={"prog": "srcflow", **{k: {"description": v} for k, v in TRAINER_COMMANDS.items()}},
-        save_config_kwargs={"overwrite": True},  # resuming into the same folder is ordinary
-    )
 
 
 @contextmanager

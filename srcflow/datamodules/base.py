@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from srcflow.data.batches import BadSamples, as_batch, as_training_batch
 from srcflow.data.sampler import KeyedSampler
+from srcflow.data.workers import leave_signals_to_the_rank
 from srcflow.errors import ConfigError, Problems
 from srcflow.types import Batch
 
@@ -297,4 +298,9 @@ def worker_options(num_workers: int, start_method: str | None) -> dict[str, Any]
     """
     if num_workers == 0:
         return {"num_workers": 0}
-    return {"num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": start_method}
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": True,
+        "multiprocessing_context": start_method,
+        "worker_init_fn": leave_signals_to_the_rank,
+    }

@@ -268,7 +268,7 @@ def test_the_saved_configuration_runs_again_and_resumes(tmp_path: Path) -> None:
     model = yaml.safe_load(saved.read_text())["model"]
     assert model["class_path"].endswith("FakeTask")
     assert model["init_args"]["samples"] == 5
-    main(["fit", f"--config={saved}", f"--ckpt_path={checkpoint}", "--trainer.max_steps=3"])
+    main(["fit", f"--config={saved}", f"--ckpt_path={checkpoint}", "--trainer.max_steps=3", "--change_config=true"])
     assert torch.load(max((tmp_path / "a").rglob("*.ckpt"), key=os.path.getmtime), weights_only=True)["global_step"] == 3
 
 

@@ -1,0 +1,92 @@
+"""What the processes of one run know of each other: who launched whom, and who has gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from srcflow.errors import LostRankError, StoppedError
+
+LAUNCHER = "SRCFLOW_LAUNCHER"
+"""Environment variable with the number of the process that launches the other ranks of its node, if Lightning does it."""
+POLL, GRACE = 1.0, 10.0
+"""Seconds between two looks at the launcher, and seconds that a rank has to end by itself once it has gone."""
+
+
+def launched() -> bool:
+    """Whether this process is a rank that another srcflow process launched, and not torchrun, srun or a user."""
+    return "LOCAL_RANK" in os.environ and os.environ.get(LAUNCHER) == str(os.getppid())
+
+
+@contextmanager
+def company() -> Iterator[None]:
+    """Inside this block a launcher is known to the ranks it launches, and a launched rank ends soon after its launcher has gone."""
+    before = os.environ.get(LAUNCHER)
+    done = threading.Event()
+    if launched():
+        threading.Thread(target=_watch, args=(os.getppid(), done), daemon=True, name="launcher-observer").start()
+    elif "LOCAL_RANK" not in os.environ:
+        os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        done.set()
+        if before is None:
+            os.environ.pop(LAUNCHER, None)
+        else:
+            os.environ[LAUNCHER] = before
+
+
+def _watch(launcher: int, done: threading.Event) -> None:
+    while not done.wait(POLL):
+        if os.getppid() != launcher:
+            if not done.wait(GRACE):  # it hangs, most likely in a collective
+                rank = os.environ["LOCAL_RANK"]
+                os.write(2, f"error: process {launcher}, local rank 0, has gone; rank {rank} hangs and is ended.\n".encode())
+                os._exit(1)
+            return
+
+
+def lost(processes: Sequence[subprocess.Popen[Any]], patience: float = 2.0) -> LostRankError | None:
+    """Why a collective failed, if it did because another process of this node has gone.
+
+    Args:
+        processes: local ranks 1, 2, ..., where this process launched them.
+        patience: seconds to wait for the first that has gone; an error in a collective may come before the end of its process is known.
+    """
+    end = time.monotonic() + patience
+    launcher = os.environ.get(LAUNCHER)
+    while time.monotonic() < end:
+        for rank, process in enumerate(processes, 1):
+            if status := process.poll():
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                return LostRankError(f"rank {rank} (process {process.pid}) {how}, so the others cannot go on.", 75 if status == 75 else 1)
+        if not processes and ("LOCAL_RANK" not in os.environ or launcher is None):
+            return None
+        if not processes and launcher != str(os.getppid()):
+            return LostRankError(f"process {launcher}, local rank 0, has gone, so rank {os.environ['LOCAL_RANK']} cannot go on.")
+        time.sleep(0.05)
+    return None
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Until training takes the signals over, SIGTERM and SIGUSR1 end the run with the status that means "start again"."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise StoppedError(signum, "before the first step; the same command starts again.", agreed=False)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

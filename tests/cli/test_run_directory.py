@@ -1,0 +1,211 @@
+"""A run directory says what it is, and refuses to become another run unless told."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import yaml
+
+from srcflow import artifacts, cli
+from srcflow.autoencoders.pixels import PixelPatches
+from srcflow.cli import main, run_directory
+from srcflow.errors import ArtifactError, CheckpointError, ManifestMismatchError
+from srcflow.tasks.flow import FlowTask
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*Experiment logs directory .* exists:UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up shapes, twice: 43 and 44 training images; and a codec of pixel patches, twice."""
+    root = tmp_path_factory.mktemp("shapes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        for n in (43, 44):
+            importlib.import_module("synthetic").main(["--out", str(root / str(n)), "--train", str(n), "--eval", "8"])
+    artifacts.save(root / "codec", PixelPatches(32, 8))
+    artifacts.save(root / "moved", PixelPatches(32, 8))
+    return root
+
+
+@pytest.fixture
+def command(data: Path, tmp_path: Path) -> list[str]:
+    """`fit` of a tiny flow for 12 steps, a checkpoint every 4."""
+    place = tmp_path / "run"
+    content = yaml.safe_load((ROOT / "configs/smoke/flow.yaml").read_text())
+    content["model"]["init_args"].update(artifact=None, codec=str(data / "codec"), evaluation={"samples": 0})
+    content["model"]["init_args"]["flow"]["init_args"].update(channels=192, layers=[1, 1])
+    content["data"]["init_args"].update({s: str(data / "43" / f"{s}-*.tar") for s in ("train", "val", "test")}, batch_size=4)
+    content["trainer"].update(
+        max_steps=12, accelerator="cpu", devices=1, limit_val_batches=1, log_every_n_steps=1, default_root_dir=str(place),
+        enable_progress_bar=False, enable_model_summary=False, logger={"class_path": "CSVLogger", "init_args": {"save_dir": str(place)}},
+        callbacks=[{"class_path": "EMA", "init_args": {"decay": 0.9}}, {"class_path": "Checkpoints", "init_args": {"every_n_steps": 4}}],
+    )  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    return ["--debug", "fit", "--config", str(tmp_path / "run.yaml")]
+
+
+def record(tmp_path: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads((tmp_path / "run/run.json").read_text()))
+
+
+def weights(path: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], torch.load(path, weights_only=True))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+def stopped_at(step: int, signum: int, command: list[str], patch: pytest.MonkeyPatch, hook: str = "training_step") -> Any:
+    """Run until a signal comes in a hook of the task at some step; gives the exit status."""
+    original = getattr(FlowTask, hook)
+
+    def told(self: FlowTask, *args: Any) -> Any:
+        if self.global_step == step:
+            os.kill(os.getpid(), signum)
+        return original(self, *args)
+
+    with patch.context() as p:
+        p.setattr(FlowTask, hook, told)
+        with pytest.raises(SystemExit) as e:
+            main(command)
+    return e.value.code
+
+
+def test_a_run_is_recorded_stopped_gone_on_with_bit_for_bit_and_refused_to_others(
+    command: list[str],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    main([*command, "--trainer.default_root_dir", str(tmp_path / "straight")])
+    last = [*command, "--ckpt_path", "last"]
+    assert stopped_at(9, signal.SIGTERM, last, monkeypatch) == 75  # an epoch's last of ten batches: step 10 is done, and then the run stops
+    assert "no checkpoint in" in caplog.text
+    way = f"--ckpt_path last goes on from {tmp_path}/run/checkpoints/step-10.ckpt.\n"
+    assert f"stopped by SIGTERM at step 10; {way}" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {"step-8.ckpt", "step-10.ckpt", "last.ckpt"}
+    assert stopped_at(10, signal.SIGINT, last, monkeypatch) == 130
+    monkeypatch.setattr("sys.argv", ["srcflow"])
+    main([*last, "--data.num_workers", "0", "--trainer.log_every_n_steps", "2"])
+    a, b = (weights(d / "checkpoints/step-12.ckpt") for d in (tmp_path / "straight", tmp_path / "run"))
+    keys = ["state_dict", "raw_state", "optimizer_states", "lr_schedulers", "global_step", "callbacks"]
+    assert {k: same(a[k], b[k]) for k in keys} == dict.fromkeys(keys, True)
+
+    found = record(tmp_path)
+    starts = found["starts"]
+    assert [(s["step"], s["ended"]["step"]) for s in starts] == [(0, 10), (10, 11), (11, 12)]
+    assert [s["ended"]["how"].partition(";")[0] for s in starts] == [
+        "StoppedError: stopped by SIGTERM at step 10",
+        "StoppedError: stopped by SIGINT at step 11",
+        "finished",
+    ]
+    assert starts[0]["checkpoint"] is None
+    assert starts[1]["checkpoint"].endswith("last.ckpt")
+    assert starts[2]["changed"] == {"trainer.log_every_n_steps": [1, 2]}
+    assert starts[2]["command"].startswith("srcflow fit --config")
+    assert starts[2]["command"].endswith("--ckpt_path last --data.num_workers 0 --trainer.log_every_n_steps 2")
+    assert found["config"]["trainer"]["max_steps"] == 12
+    assert found["identity"]["data"]["content"]["samples"] == 43
+    assert starts[0]["torch"] == torch.__version__
+    assert starts[0]["ranks"] == 1
+
+    # what is another run
+    saved = (tmp_path / "run/run.json").read_bytes()
+    logs = sorted((tmp_path / "run").rglob("config.yaml"))
+    other = ["--model.optimization.learning_rate", "0.5", "--trainer.max_steps", "14", "--data.batch_size", "2"]
+    with pytest.raises(ManifestMismatchError) as e:
+        main([*last, *other])
+    assert e.value.differences == {
+        "model.init_args.optimization.learning_rate": (2e-3, 0.5),
+        "data.global_batch": (4, 2),
+        "trainer.max_steps": (12, 14),
+    }
+    assert "--change_config true" in str(e.value)
+    overlay = tmp_path / "ema.yaml"
+    overlay.write_text("trainer: {callbacks: [{class_path: EMA, init_args: {decay: 0.8}}, Checkpoints]}\n")
+    with pytest.raises(ManifestMismatchError, match=r"trainer\.ema\.0\.decay"):
+        main([*last, "--config", str(overlay)])
+    assert (tmp_path / "run/run.json").read_bytes() == saved
+    assert sorted((tmp_path / "run").rglob("config.yaml")) == logs
+    data_too = [f"--data.{s}={data}/44/{s}-*.tar" for s in ("train", "val", "test")]
+    with pytest.raises(ManifestMismatchError, match=r"data\.content\.samples: stored 43, this run 44\n  data\.content\.content: "):
+        main([*last, *data_too])
+    assert (tmp_path / "run/run.json").read_bytes() == saved
+
+    # what is not: places, parallelism, evaluation; and what is told
+    accumulate = ["--data.batch_size", "2", "--trainer.accumulate_grad_batches", "2", "--model.codec", str(data / "moved")]
+    main([*last, *accumulate, "--model.evaluation.round_trip", "4"])
+    main([*last, "--trainer.max_steps", "13", "--change_config", "true"])
+    assert record(tmp_path)["starts"][-1]["changed"]["trainer.max_steps"] == [12, 13]
+    assert record(tmp_path)["identity"]["trainer"]["max_steps"] == 13
+
+
+def test_a_signal_before_the_first_step_asks_for_another_start(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stopped_at(0, signal.SIGUSR1, command, monkeypatch, "on_fit_start") == 75
+    assert "stopped by SIGUSR1 before the first step" in capsys.readouterr().err
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_damaged_checkpoint_or_record_is_refused_before_anything_is_made(command: list[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        main([*command, "--ckpt_path", str(broken)])
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    for content, problem in (("{", "cannot be read"), ("{}", "no record of format 1")):
+        (tmp_path / "run/run.json").write_text(content)
+        with pytest.raises(ArtifactError, match=problem):
+            main(command)
+
+
+def test_configurations_of_other_versions_are_compared_in_what_both_know() -> None:
+    old = {"model": {"class_path": "A", "guidance": None, "gone": 1, "list": [1, {"a": 2}]}}
+    new = {"model": {"class_path": "A", "guidance": {"class_path": "B"}, "added": 0, "list": [1, {"a": 3}]}}
+    assert run_directory.differences(old, new, one_sided=False) == {
+        "model.guidance": (None, {"class_path": "B"}),
+        "model.list.1.a": (2, 3),
+    }
+    assert set(run_directory.differences(old, new)) == {"model.guidance", "model.list.1.a", "model.gone", "model.added"}
+
+
+def test_every_key_that_is_left_out_is_an_option(data: Path) -> None:
+    """A list of keys that nobody has any more would hide nothing."""
+    import inspect
+
+    import lightning as L
+
+    from srcflow.datamodules.base import DataModule
+    from srcflow.tasks.base import Task
+
+    cli.load_parts()
+
+    def options(base: type) -> set[str]:
+        own = set(inspect.signature(base.__init__).parameters)  # type: ignore[misc]
+        return own.union(*(options(c) for c in base.__subclasses__() if c.__module__.startswith("srcflow")))
+
+    assert set(run_directory.MODEL_FREE + run_directory.MODEL_PLACES) <= options(Task)
+    assert set(run_directory.DATA_FREE) <= options(DataModule)
+    assert set(run_directory.TRAINER) <= set(inspect.signature(L.Trainer.__init__).parameters)
