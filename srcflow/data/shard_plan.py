@@ -46,7 +46,7 @@ def default_streams(shards: int, global_batch: int, world_size: int = 1) -> int 
     >>> default_streams(1024, 512), default_streams(10, 512), default_streams(1000, 60)
     (64, 8, 60)
     >>> default_streams(1000, 96, 32), default_streams(1024, 4096, 64), default_streams(2, 96, 32)
-    (64, 512, None)
+    (32, 512, None)
     """
     limit = min(shards, max(MOST_STREAMS, global_batch // 8, world_size))
     divisors = [t for t in range(limit, 0, -1) if global_batch % t == 0]
