@@ -103,7 +103,7 @@ def test_flops_are_those_of_a_real_step(every: int) -> None:
 
     real.copied().run(watch, 1, "cpu")
     assert counted == found
-    assert (sum(counted.values()) > sum(count_flops(stage_of(every)).values())) == bool(every or counted)
+    assert sum(counted.values()) > sum(count_flops(stage_of(every)).values())  # heads are always computed again
 
 
 def test_hours_and_totals_follow_from_the_parts() -> None:
