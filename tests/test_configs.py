@@ -60,7 +60,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Any:
             pass
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lightning_cli, "LightningCLI", Stopped)
+        patch.setattr("srcflow.cli.trainer.LightningCLI", Stopped)
         main(["--debug", "fit", "--config", str(CONFIGS / "smoke/flow.yaml")])
     return made[0]
 

@@ -174,7 +174,7 @@ def trainer_parser() -> Any:
             pass
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lightning_cli, "LightningCLI", Stopped)
+        patch.setattr("srcflow.cli.trainer.LightningCLI", Stopped)
         cli.main(["--debug", "fit", "--config", str(ROOT / "configs/smoke/flow.yaml")])
     return made[0]
 

@@ -263,7 +263,8 @@ def run_of(content: Mapping[str, Any], gpus: int | None) -> Run:
         sharded=name == "ModelParallelStrategy",
         bucket_views=bool(arguments.get("gradient_as_bucket_view")),
         averages=sum(len(d) if isinstance(d, list) else 1 for d in decays),
-        kept=_kept([a for n, a in pairs if n.endswith("ModelCheckpoint")], steps),
+        kept=_kept(pairs, steps),
+        snapshots=_snapshots(emas, steps),
         like="cpu" if trainer.get("accelerator") == "cpu" else "cuda",
     )
 
@@ -286,17 +287,42 @@ def _devices(trainer: Mapping[str, Any]) -> int:
     return devices * nodes if isinstance(devices, int) and devices > 0 else nodes
 
 
-def _kept(checkpoints: list[dict[str, Any]], steps: Any) -> int | None:
+def _kept(callbacks: list[tuple[str, dict[str, Any]]], steps: Any) -> int | None:
     """How many checkpoint files are there at the end; None where that depends on the length of an epoch."""
-    total = 0
-    for arguments in checkpoints or [{}]:  # without one Lightning adds its own
+    total, length = 0, steps if isinstance(steps, int) and steps > 0 else None
+    ours = [(n, a) for n, a in callbacks if n in ("Checkpoints", "ModelCheckpoint")]
+    for name, arguments in ours or [("ModelCheckpoint", {})]:  # without one Lightning adds its own
+        if name == "Checkpoints":  # last.ckpt is a link; a file that stays for good may be among the newest
+            every, forever, keep = (arguments.get(k) for k in ("every_n_steps", "keep_every_n_steps", "keep"))
+            keep = 2 if keep is None else int(keep)
+            if length is None:
+                if every is None or forever is not None:
+                    return None
+                total += keep
+                continue
+            written = [] if every is None else [*range(every, length + 1, every)]
+            written += [length] if every is not None and length % every else []  # one at the end
+            total += keep if every is None else len({*written[-keep:], *(s for s in written if forever and s % forever == 0)})
+            continue
         top = arguments.get("save_top_k", 1)
         if top == -1:
             every = arguments.get("every_n_train_steps")
-            if not every or not isinstance(steps, int) or steps < 1:
+            if not every or length is None:
                 return None
-            top = steps // every
+            top = length // every
         total += top + bool(arguments.get("save_last"))
+    return total
+
+
+def _snapshots(averages: list[dict[str, Any]], steps: Any) -> int | None:
+    """How many files of averaged weights the EMA callbacks leave; None where the run's length is not said."""
+    total = 0
+    for arguments in averages:
+        decay, every = arguments.get("decay"), arguments.get("snapshot_every")
+        if every is not None:
+            if not isinstance(steps, int) or steps < 1:
+                return None
+            total += steps // every * (len(decay) if isinstance(decay, list) else 1)
     return total
 
 
@@ -356,6 +382,9 @@ def report(made: Mapping[str, Any]) -> list[str]:
         lines.append(f"  of {device['memory'] / 1e9:.0f} GB; CUDA's context, kernels' workspace and the allocator's gaps come on top")
     kept = "depends on the length of an epoch" if disk["kept"] is None else f"{disk['kept']} kept: {_size(disk['checkpoints'])}"
     lines += ["", f"disk        checkpoint {_size(disk['checkpoint'])}, {kept}; artifact {_size(disk['artifact'])}"]
+    if disk["snapshots"] != 0:
+        many = "their number depends on the length of the run" if disk["snapshots"] is None else f"{disk['snapshots']} of them"
+        lines.append(f"            snapshots of averages {_size(disk['snapshot'])}, {many}")
     if "features" in disk:
         f = disk["features"]
         lines.append(

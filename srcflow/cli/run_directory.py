@@ -49,8 +49,10 @@ MODEL_PLACES = ("codec", "autoencoder")
 """Options that name an earlier stage's directory, where they are a path: its content counts, not its place."""
 LATER = ("data.content", "built_on")
 """What is known of a run only once its data and artifacts are open."""
-DATA_FREE = ("batch_size", "num_workers")
+DATA_FREE = ("batch_size", "num_workers", "index", "start_method", "max_bad_fraction")
 """Options of a datamodule that do not; the global batch counts instead of `batch_size`, the data instead of their place."""
+OPTIMIZATION_FREE = ("max_bad_steps", "dump_bad_steps")
+"""Options of a task's `optimization` that do not."""
 
 
 class RunTrainer(L.Trainer):
@@ -188,6 +190,8 @@ def identity(config: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
     model, settings = dict(config["model"]), config["trainer"]
     options = model.get("init_args") or {}
     model["init_args"] = {k: v for k, v in options.items() if k not in MODEL_FREE and not (k in MODEL_PLACES and isinstance(v, str | None))}
+    if isinstance(optimization := model["init_args"].get("optimization"), Mapping):
+        model["init_args"]["optimization"] = {k: v for k, v in optimization.items() if k not in OPTIMIZATION_FREE}
     data = dict(config.get("data") or {})
     module = trainer.datamodule
     places = [p for p in (module.place(s) for s in ("train", "val", "test")) if p is not None] if hasattr(module, "place") else []

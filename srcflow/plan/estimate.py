@@ -36,6 +36,7 @@ class Run:
         bucket_views: DDP's gradients are views of its buckets (`gradient_as_bucket_view`).
         averages: moving averages kept by the EMA callback.
         kept: checkpoints that lie on disk at the end; None: the configuration does not say how many.
+        snapshots: files of averaged weights that the EMA callback leaves; None: the configuration does not say how many.
         like: "cpu" for a run on the CPU.
     """
 
@@ -48,6 +49,7 @@ class Run:
     bucket_views: bool = False
     averages: int = 0
     kept: int | None = 1
+    snapshots: int | None = 0
     like: Like = "cuda"
 
     def __post_init__(self) -> None:
@@ -174,12 +176,14 @@ def _strategy(name: str, stage: Stage, run: Run, rests: Lasting, found: Passing)
 def _disk(stage: Stage, run: Run, rests: Lasting, images: int | None) -> dict[str, Any]:
     """Bytes of checkpoints, of the artifact, and of the features that `srcflow encode` would store."""
     trained = 4 * rests.trained
-    checkpoint = rests.state + 2 * trained + (trained if run.averages else 0) + 3 * 4 * rests.heads
+    checkpoint = rests.state + 2 * trained + run.averages * trained + 3 * 4 * rests.heads
     product = sum(t.numel() * t.element_size() for t in stage.task.made.state_dict().values())
     made: dict[str, Any] = {
         "checkpoint": checkpoint,
         "kept": run.kept,
         "checkpoints": None if run.kept is None else run.kept * checkpoint,
+        "snapshot": rests.state,
+        "snapshots": run.snapshots,
         "artifact": product + (trained if run.averages else 0),
     }
     autoencoder = stage.task.autoencoder if isinstance(stage.task, AutoencoderTask) else stage.autoencoder

@@ -58,13 +58,13 @@ def test_the_report_names_what_the_numbers_are(capsys: pytest.CaptureFixture[str
         "8 x a100 at 30% of 312 TFLOP/s",
         "memory per process (bf16-mixed)",
         "ddp *         fsdp2",
-        "gradient buckets",
         "activations by checkpoint_every (here 0;",
         "of 80 GB",
         "2 kept",
         "for 1,000 (twice that with --flip)",
     ):
         assert words in said
+    assert "gradient buckets" not in said  # gradients are views of them
     assert "note:" not in said
     assert "warning:" not in said
 
@@ -161,7 +161,7 @@ def test_later_files_and_values_win() -> None:
     load_parts()
     made = settings([str(SMOKE / "flow.yaml"), str(CONFIGS / "trainer/fsdp2.yaml")], ["trainer.max_steps=7", "data.batch_size=5"])
     run = run_of(made, None)
-    assert (run.steps, run.batch_size, run.sharded, run.ranks) == (7, 5, True, 1)
+    assert (run.steps, run.batch_size, run.sharded, run.ranks) == (7, 5, True, 8)
     assert run_of(made, 16).ranks == 16
 
 
@@ -169,6 +169,11 @@ DDP = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "dict_kwargs": 
 ALL = {"class_path": "x.ModelCheckpoint", "init_args": {"save_top_k": -1}}
 OFTEN = {"class_path": "x.ModelCheckpoint", "init_args": {"save_top_k": -1, "every_n_train_steps": 10}}
 AVERAGES = {"class_path": "EMA", "init_args": {"decay": [0.9, 0.99]}}
+SNAPSHOTS = {"class_path": "EMA", "init_args": {"decay": [0.9, 0.99], "snapshot_every": 30}}
+
+
+def ours(**arguments: Any) -> dict[str, Any]:
+    return {"class_path": "srcflow.callbacks.checkpoints.Checkpoints", "init_args": arguments}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +193,12 @@ AVERAGES = {"class_path": "EMA", "init_args": {"decay": [0.9, 0.99]}}
         ({"callbacks": [AVERAGES]}, {"averages": 2}),
         ({"callbacks": [OFTEN], "max_steps": 95}, {"kept": 9}),
         ({"callbacks": [ALL]}, {"kept": None}),
+        ({"callbacks": [ours(every_n_steps=10)], "max_steps": 95}, {"kept": 2}),
+        ({"callbacks": [ours(every_n_steps=10, keep=3)], "max_steps": -1}, {"kept": 3}),
+        ({"callbacks": [ours(every_n_steps=10, keep=3, keep_every_n_steps=40)], "max_steps": 95}, {"kept": 4}),  # 95, 90, 80, 40
+        ({"callbacks": [ours(every_n_steps=10, keep_every_n_steps=40)], "max_steps": -1}, {"kept": None}),
+        ({"callbacks": [SNAPSHOTS], "max_steps": 95}, {"snapshots": 6}),
+        ({"callbacks": [SNAPSHOTS], "max_steps": -1}, {"snapshots": None}),
     ],
 )
 def test_what_is_read_from_the_trainer(content: dict[str, Any], trainer: dict[str, Any], wanted: dict[str, Any]) -> None:

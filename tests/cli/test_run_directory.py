@@ -106,7 +106,8 @@ def test_a_run_is_recorded_stopped_gone_on_with_bit_for_bit_and_refused_to_other
     assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {"step-8.ckpt", "step-10.ckpt", "last.ckpt"}
     assert stopped_at(10, signal.SIGINT, last, monkeypatch) == 130
     monkeypatch.setattr("sys.argv", ["srcflow"])
-    main([*last, "--data.num_workers", "0", "--trainer.log_every_n_steps", "2"])
+    free = ["--data.num_workers", "0", "--data.max_bad_fraction", "0.1", "--model.optimization.dump_bad_steps", "1"]
+    main([*last, *free, "--trainer.log_every_n_steps", "2"])
     a, b = (weights(d / "checkpoints/step-12.ckpt") for d in (tmp_path / "straight", tmp_path / "run"))
     keys = ["state_dict", "raw_state", "optimizer_states", "lr_schedulers", "global_step", "callbacks"]
     assert {k: same(a[k], b[k]) for k in keys} == dict.fromkeys(keys, True)
@@ -123,7 +124,7 @@ def test_a_run_is_recorded_stopped_gone_on_with_bit_for_bit_and_refused_to_other
     assert starts[1]["checkpoint"].endswith("last.ckpt")
     assert starts[2]["changed"] == {"trainer.log_every_n_steps": [1, 2]}
     assert starts[2]["command"].startswith("srcflow fit --config")
-    assert starts[2]["command"].endswith("--ckpt_path last --data.num_workers 0 --trainer.log_every_n_steps 2")
+    assert starts[2]["command"].endswith(f"--ckpt_path last {' '.join(free)} --trainer.log_every_n_steps 2")
     assert found["config"]["trainer"]["max_steps"] == 12
     assert found["identity"]["data"]["content"]["samples"] == 43
     assert starts[0]["torch"] == torch.__version__
