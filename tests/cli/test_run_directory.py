@@ -122,7 +122,11 @@ def test_a_run_is_recorded_stopped_gone_on_with_bit_for_bit_and_refused_to_other
     ]
     assert starts[0]["checkpoint"] is None
     assert starts[1]["checkpoint"].endswith("last.ckpt")
-    assert starts[2]["changed"] == {"trainer.log_every_n_steps": [1, 2]}
+    assert starts[2]["changed"] == {
+        "trainer.log_every_n_steps": [1, 2],
+        "data.init_args.max_bad_fraction": [1e-3, 0.1],
+        "model.init_args.optimization.dump_bad_steps": [0, 1],
+    }
     assert starts[2]["command"].startswith("srcflow fit --config")
     assert starts[2]["command"].endswith(f"--ckpt_path last {' '.join(free)} --trainer.log_every_n_steps 2")
     assert found["config"]["trainer"]["max_steps"] == 12
