@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from srcflow.callbacks.checkpoint_files import CheckpointFiles
 from srcflow.errors import ArtifactError, ConfigError
 
 AVERAGES = "averages"
@@ -65,9 +65,10 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ArtifactError: a snapshot that cannot be read.
+        CheckpointError: a checkpoint that is damaged; names the newest whole one beside it.
     """
     if Path(path).suffix != SUFFIX:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        return CheckpointFiles().load_checkpoint(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as f:
             facts = json.loads((f.metadata() or {}).get("facts", "{}"))

@@ -82,7 +82,9 @@ def run(config: Namespace) -> int:
         elif not Path(config[key]).is_file():
             problems.add(ArtifactError(f"{key} = {config[key]!r}: there is no such file."))
     problems.raise_if_any()
-    task_of(config.config).export(config.ckpt_path, config.out, ema=config.ema)
+    from srcflow.tasks import artifact
+
+    artifact.export(task_of(config.config), config.ckpt_path, config.out, ema=config.ema)
     print(f"Wrote {config.out}.")
     return 0
 

@@ -6,7 +6,6 @@ options given at test time are never overridden by a checkpoint.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,29 +16,26 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DistributedSampler
 
 import srcflow
 from srcflow import artifacts, noise
 from srcflow.autoencoders.base import Autoencoder
-from srcflow.callbacks.averages import choose, read_weights
-from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, full, like, trained
+from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, like
 from srcflow.callbacks.non_finite import BadStep, NonFiniteGuard
 from srcflow.data.manifest import weights_hash
 from srcflow.datamodules.base import DataModule, Resumable
 from srcflow.datamodules.feature_store import FeatureStore
-from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
-from srcflow.registry import build, spec_of
-from srcflow.tasks import dump, examination, resume, strategies
+from srcflow.errors import ConfigError, ManifestMismatchError, Problems
+from srcflow.registry import spec_of
+from srcflow.tasks import artifact, dump, examination, resume, strategies
+from srcflow.tasks.artifact import FACTS
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.report import table, write_metrics
 from srcflow.types import Batch, Grid
 
 M = TypeVar("M", bound=nn.Module)
 Weights = Literal["ema", "raw"]
-FACTS = "srcflow"
-"""Key of a checkpoint under which the task notes what an artifact's manifest needs."""
 
 
 class Task(L.LightningModule):
@@ -137,7 +133,7 @@ class Task(L.LightningModule):
         problems.raise_if_any()
 
     def _check_artifact(self, artifact: Path) -> None:
-        """Refuse a place that `write_artifact` would refuse at the end: something else is there, or this run writes into it."""
+        """Refuse a place that `artifact.write` would refuse at the end: something else is there, or this run writes into it."""
         artifacts.check_target(artifact)
         folders = [lo.log_dir for lo in self.trainer.loggers] + [getattr(c, "dirpath", None) for c in cast(Any, self.trainer).callbacks]
         for inside in (f for f in folders if f is not None and Path(f).resolve().is_relative_to(artifact.resolve())):
@@ -252,7 +248,7 @@ class Task(L.LightningModule):
         if self.artifact is None:
             rank_zero_info("No artifact was written: set model.artifact, or run `srcflow export` on a checkpoint.")
         else:
-            self.write_artifact(self.artifact)
+            artifact.write(self, self.artifact)
 
     # --- random numbers and batches ----------------------------------------------------------------------------------------------
 
@@ -388,56 +384,6 @@ class Task(L.LightningModule):
             "data": datamodule.fingerprint() if hasattr(datamodule, "fingerprint") else None,
             "built_on": dict(self._built_on),
         }
-
-    def write_artifact(self, path: str) -> Path:
-        """Write the product: averaged weights to model.safetensors and the trained ones beside it. To be called on every rank."""
-        ema = self.ema
-        prefix = self.product + "."
-        raw: dict[str, Tensor] | None = None
-        if ema is not None and ema.updates > 0:
-            raw = {k.removeprefix(prefix): v for k, v in ema.weights(self, "raw").items() if k.startswith(prefix)}
-        with ema.averaged(self) if ema is not None else nullcontext():
-            return self._write(path, raw, self.facts(), write=self.trainer.is_global_zero)
-
-    def export(self, checkpoint: str, path: str, *, ema: float | None = None) -> Path:
-        """Write the artifact of a checkpoint, without a trainer: what `srcflow export` calls.
-
-        Args:
-            checkpoint: a file that `srcflow fit` wrote: a checkpoint, or a snapshot of an average.
-            path: the artifact's directory.
-            ema: decay of the average to take, of several; None: the first.
-
-        Raises:
-            ArtifactError: the file is no checkpoint of this task, or its weights do not fit the configured modules.
-            ConfigError: it has no such average.
-        """
-        content = read_weights(checkpoint)
-        facts = content.get(FACTS)
-        if facts is None or facts["task"] != type(self).__name__:
-            other = f", but of {facts['task']}" if facts else ""
-            raise ArtifactError(f"{checkpoint} is not a checkpoint of {type(self).__name__}{other}.")
-        state = choose(content, ema, what=checkpoint)
-        artifacts.load_state(artifacts.widened(self, state), state, what=checkpoint)
-        prefix = self.product + "."
-        raw = content.get(RAW_STATE)
-        raw = {k.removeprefix(prefix): v for k, v in raw.items() if k.startswith(prefix)} if raw is not None else None
-        return self._write(path, raw, facts, write=True)
-
-    def _write(self, path: str, raw: Mapping[str, Tensor] | None, facts: Mapping[str, Any], *, write: bool) -> Path:
-        target = Path(path)
-        module = self.made
-        trained(self)  # reshards what a forward has left gathered
-        if any(isinstance(p, DTensor) for p in module.parameters()):
-            state = {k: full(v) for k, v in module.state_dict().items()}  # a collective
-            if write:
-                module = artifacts.widened(build(spec_of(module), nn.Module), state)
-                artifacts.load_state(module, state, what=type(module).__name__)
-        if write:
-            start = target.resolve()
-            built_on = {r: {"path": os.path.relpath(b["path"], start), "hash": b["hash"]} for r, b in facts["built_on"].items()}
-            artifacts.save(target, module, raw=raw, manifest={**facts, "built_on": built_on})
-            rank_zero_info(f"Wrote {target}.")
-        return target
 
     # --- evaluation ----------------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from srcflow import artifacts
 from srcflow.errors import ArtifactError
-from srcflow.tasks import base, examination
+from srcflow.tasks import artifact, base, examination
 from srcflow.tasks.discriminator import Discriminator
 from srcflow.tasks.dump import Dump, Recorded
 from srcflow.tasks.reconstruction import STATE
@@ -62,7 +62,7 @@ class _Step(L.Callback):
         """Load the state, before the task's own start; refuse other artifacts than the run's."""
         task = cast(base.Task, pl_module)
         artifacts.load_state(task, self.dump.weights, what=str(self.dump.path))
-        restored: dict[str, Any] = {base.FACTS: {"built_on": self.dump.facts["built_on"]}}
+        restored: dict[str, Any] = {artifact.FACTS: {"built_on": self.dump.facts["built_on"]}}
         game = getattr(task, "discriminator", None)
         if isinstance(game, Discriminator):
             artifacts.load_state(game.adversarial, self.dump.heads, what=f"{self.dump.path}, discriminator")

@@ -27,6 +27,7 @@ from srcflow.plan.estimate import Run, plan
 from srcflow.plan.flops import count_flops
 from srcflow.plan.hardware import ACCELERATORS, accelerator
 from srcflow.plan.step import Stage
+from srcflow.tasks import artifact
 from srcflow.tasks.flow import FlowTask
 from srcflow.tasks.optimization import Optimization
 
@@ -84,7 +85,7 @@ def test_a_plan_holds_in_a_run(tmp_path: Path) -> None:
     assert memory["ema"] == sum(v.nbytes for v in ema.weights(task, "ema").values())
     assert memory["frozen"] == sum(b.nbytes for b in task.buffers())
     assert made["disk"]["checkpoint"] == pytest.approx((tmp_path / "run.ckpt").stat().st_size, rel=0.05)
-    task.write_artifact(str(tmp_path / "model"))
+    artifact.write(task, str(tmp_path / "model"))
     files = (tmp_path / "model").glob("*.safetensors")
     assert made["disk"]["artifact"] == pytest.approx(sum(f.stat().st_size for f in files), rel=0.02)
 

@@ -22,6 +22,7 @@ from srcflow.datamodules.base import DataModule, Split
 from srcflow.flows import presets
 from srcflow.guidance.linear import Linear
 from srcflow.noise import Constant
+from srcflow.tasks import artifact
 from srcflow.tasks.flow import FlowTask
 from srcflow.tasks.flow_evaluation import Evaluation
 
@@ -103,7 +104,7 @@ def evaluate(root: Path, mode: str, double: bool) -> None:
     run.test(task, Data(), ckpt_path=checkpoint, verbose=False)
     task.place()
     samples = task.sample_images(torch.tensor([0, 1, 2, -1]), seed=3)
-    task.write_artifact(str(root / f"artifact-{name}"))
+    artifact.write(task, str(root / f"artifact-{name}"))
     torch.save({"samples": samples, "val/nll": validated["val/nll"]}, root / f"{name}-{run.global_rank}.pt")
 
 

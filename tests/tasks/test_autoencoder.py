@@ -23,6 +23,7 @@ from srcflow.losses.perceptual import EncoderPerceptual
 from srcflow.metrics.features.encoder import EncoderFeatures
 from srcflow.noise import Constant, Uniform
 from srcflow.statistics import Moments
+from srcflow.tasks import artifact
 from srcflow.tasks.autoencoder import AutoencoderTask
 from srcflow.tasks.optimization import Optimization
 
@@ -236,7 +237,7 @@ def test_export_gives_what_fit_wrote(autoencoder: Make, pictures: Make, trainer:
     t.save_checkpoint(tmp_path / "a.ckpt")
     t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)
     for name in ("a", "light"):
-        stage_0(autoencoder()).export(str(tmp_path / f"{name}.ckpt"), str(tmp_path / name))
+        artifact.export(stage_0(autoencoder()), str(tmp_path / f"{name}.ckpt"), str(tmp_path / name))
         assert artifacts.read_manifest(tmp_path / name)["hash"] == artifacts.read_manifest(tmp_path / "fit")["hash"]
         assert artifacts.read_manifest(tmp_path / name)["data"] == {"class": "Pictures", "train": 32}
         one, two = (artifacts.read_tensors(tmp_path / d / "raw.safetensors") for d in ("fit", name))
@@ -244,7 +245,7 @@ def test_export_gives_what_fit_wrote(autoencoder: Make, pictures: Make, trainer:
         assert all(torch.equal(one[k], two[k]) for k in one)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ArtifactError, match="is not a checkpoint of AutoencoderTask"):
-        stage_0(autoencoder()).export(str(tmp_path / "other.ckpt"), str(tmp_path / "x"))
+        artifact.export(stage_0(autoencoder()), str(tmp_path / "other.ckpt"), str(tmp_path / "x"))
 
 
 def test_resuming_averaged_weights_without_the_callback_is_refused(

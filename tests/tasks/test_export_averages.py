@@ -15,7 +15,8 @@ from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.callbacks.averages import choose, read_weights
 from srcflow.callbacks.ema import EMA
 from srcflow.cli import main
-from srcflow.errors import ConfigError
+from srcflow.errors import CheckpointError, ConfigError
+from srcflow.tasks import artifact
 
 
 def shared() -> Any:
@@ -41,16 +42,19 @@ def test_an_average_of_a_checkpoint_is_its_snapshots(tmp_path: Path) -> None:
     }  # fmt: skip
     written = {}
     for name, (file, decay) in sources.items():
-        written[name] = load_file(parts.make(codec).export(str(file), str(tmp_path / name), ema=decay) / "model.safetensors")
+        written[name] = load_file(artifact.export(parts.make(codec), str(file), str(tmp_path / name), ema=decay) / "model.safetensors")
     assert all(torch.equal(v, written["0.9"][k]) for k, v in written["first"].items())
     assert all(torch.equal(v, written["snapshot"][k]) for k, v in written["0.5"].items())
     assert not all(torch.equal(v, written["first"][k]) for k, v in written["0.5"].items())
     wanted = choose(read_weights(tmp_path / "last.ckpt"), 0.5, what="it")
     assert all(torch.equal(v, wanted[f"flow.{k}"]) for k, v in written["0.5"].items())
     with pytest.raises(ConfigError, match=r"ema = 0.7: .*last.ckpt keeps averages of decay 0.9, 0.5\. Name one"):
-        parts.make(codec).export(str(tmp_path / "last.ckpt"), str(tmp_path / "no"), ema=0.7)
+        artifact.export(parts.make(codec), str(tmp_path / "last.ckpt"), str(tmp_path / "no"), ema=0.7)
     with pytest.raises(ConfigError, match=r"keeps one average, whose decay it does not say"):
-        parts.make(codec).export(str(snapshot), str(tmp_path / "no"), ema=0.7)
+        artifact.export(parts.make(codec), str(snapshot), str(tmp_path / "no"), ema=0.7)
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"cut\.ckpt is not a whole checkpoint.* The newest whole one beside it is .*last\.ckpt"):
+        artifact.export(parts.make(codec), str(tmp_path / "cut.ckpt"), str(tmp_path / "no"))
     assert not (tmp_path / "no").exists()
 
 
