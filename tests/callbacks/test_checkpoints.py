@@ -151,11 +151,14 @@ def test_last_is_refused_where_it_is_damaged_or_there_is_nothing_to_evaluate(tmp
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """A run leaves the handlers of signals as they were."""
+    """A run leaves the handlers of signals as they were. (A shell's background jobs ignore SIGINT.)"""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(n) for n in numbers]
     yield
-    assert [signal.getsignal(n) for n in numbers] == before
+    after = [signal.getsignal(n) for n in numbers]
+    signal.signal(signal.SIGINT, outer)
+    assert after == before
 
 
 def send(number: int) -> Callable[[], None]:

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from srcflow import artifacts
@@ -286,7 +287,7 @@ def test_settings_that_cannot_work_are_refused(autoencoder: Make, pictures: Make
     with pytest.raises(ConfigError, match=r"optimization\.gradient_clip"):
         trainer(gradient_clip_val=1.0).fit(stage_0(autoencoder()), datamodule=pictures())
     half = stage_0(autoencoder())
-    half._trainer = SimpleNamespace(precision="16-mixed", gradient_clip_val=None)  # type: ignore[assignment]
+    half._trainer = SimpleNamespace(precision="16-mixed", gradient_clip_val=None, strategy=SingleDeviceStrategy())  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="bf16-mixed"):
         half.setup("fit")
     with pytest.raises(ConfigError, match="would judge"):
