@@ -82,7 +82,8 @@ def run_stage(stage: str, precision: str) -> None:
                 f"--precision={'bfloat16' if precision == 'bf16-mixed' else 'float32'}",
             )
     elif stage in CONFIGS:
-        shutil.rmtree(RUN / stage / "logs", ignore_errors=True)  # or TensorBoard would draw two runs as one
+        for part in ("logs", "checkpoints"):  # or TensorBoard would draw two runs as one, and fit refuse to begin anew
+            shutil.rmtree(RUN / stage / part, ignore_errors=True)
         srcflow("fit", f"--config={CONFIGS[stage]}", f"--trainer.precision={precision}", "--change_config=true")  # or 32-true after bf16
     elif stage == "test":
         for name, config in CONFIGS.items():

@@ -29,7 +29,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = ("kill -9 of rank 0", "kill -9 of rank 1", "kill -9 of all", "SIGTERM to rank 0", "SIGTERM to rank 1", "SIGUSR1 to all")
-COMPARED = ("state_dict", "raw_state", "optimizer_states", "lr_schedulers", "callbacks", "global_step")
+NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step")
+COMPARED = (*NEEDED, "raw_state", "averages", "discriminator")
+MARK = "soak.yaml"  # a folder that has it is the soak's own
 PATIENCE = 60.0  # seconds that processes have to end
 
 
@@ -43,8 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="a complete run (default: configs/smoke/flow.yaml on made-up images)")
     parser.add_argument("--root", type=Path, default=Path("runs/soak"), help="where everything goes; emptied first (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.root.exists() and any(args.root.iterdir()) and not (args.root / MARK).exists():
+        parser.error(f"--root {args.root}: holds something else than an earlier soak. Name another folder.")
     shutil.rmtree(args.root, ignore_errors=True)
     args.root.mkdir(parents=True)
+    (args.root / MARK).write_text(yaml.safe_dump({k: v if v is None else str(v) for k, v in vars(args).items()}))
     config = args.config or made_up(args.root)
     steps = args.steps
     if steps is None:
@@ -224,7 +229,8 @@ def seconds_per_step(config: Path, root: Path) -> float:
 def compare(root: Path, steps: int) -> list[str]:
     """Names of what differs between the last checkpoints of both runs."""
     a, b = (torch.load(root / name / "checkpoints" / f"step-{steps}.ckpt", weights_only=True) for name in ("straight", "disturbed"))
-    return [d for key in COMPARED for d in differences(a.get(key), b.get(key), key)]
+    missing = [f"{key} (missing)" for key in NEEDED if key not in a or key not in b]
+    return missing + [d for key in COMPARED for d in differences(a.get(key), b.get(key), key)]
 
 
 def differences(a: Any, b: Any, name: str) -> list[str]:

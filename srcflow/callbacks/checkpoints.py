@@ -77,6 +77,21 @@ class Checkpoints(ModelCheckpoint):
         if stage == "fit" and trainer.is_global_zero:
             checkpoint_files.sweep(Path(self.dirpath))
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse to begin anew where checkpoints are.
+
+        Raises:
+            ConfigError: a run starts afresh among the files of another, which it would remove one by one.
+        """
+        there = trainer.strategy.broadcast([p.name for p in self.written()])
+        if there and trainer.ckpt_path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ConfigError(
+                "ckpt_path",
+                None,
+                f"{self.dirpath} holds {there[-1]} of an earlier start, and this one would begin at step 0.",
+                "Go on from it: --ckpt_path last. To begin anew, remove that folder or name another.",
+            )
+
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note signals from here on."""
         self._listen(trainer)
@@ -91,6 +106,7 @@ class Checkpoints(ModelCheckpoint):
             slurm = self._slurm(trainer)
             if slurm is not None and slurm.requeue_signal is not None:
                 self.signals.numbers = tuple({*self.signals.numbers, slurm.requeue_signal})
+                self.signals.counts = slurm.requeue_signal
             self.signals.install()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -121,8 +137,11 @@ class Checkpoints(ModelCheckpoint):
         """Nothing: see the steps."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the last checkpoint."""
+        """Write the last checkpoint. What is written of the result after it is not interrupted by signals."""
         self.save(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back."""
         self.signals.restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -15,7 +15,7 @@ from srcflow.errors import LostRankError, StoppedError
 
 LAUNCHER = "SRCFLOW_LAUNCHER"
 """Environment variable with the number of the process that launches the other ranks of its node, if Lightning does it."""
-POLL, GRACE = 1.0, 10.0
+POLL, GRACE = 1.0, 5.0
 """Seconds between two looks at the launcher, and seconds that a rank has to end by itself once it has gone."""
 
 

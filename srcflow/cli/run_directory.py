@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -25,6 +25,7 @@ from srcflow.callbacks import checkpoint_files
 from srcflow.callbacks.checkpoints import Checkpoints
 from srcflow.cli import ranks
 from srcflow.errors import ArtifactError, ManifestMismatchError, SrcflowError
+from srcflow.tasks import artifact
 from srcflow.tasks.base import Task
 
 FILE, FORMAT = "run.json", 1
@@ -83,6 +84,18 @@ class RunTrainer(L.Trainer):
             ckpt_path = None
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only=True)
 
+    def _run_stage(self) -> Any:
+        """As Lightning; a run that was stopped between its last step and its artifact, and has no step left, still writes that."""
+        result = super()._run_stage()
+        task = self.lightning_module
+        wanted = task.artifact if isinstance(task, Task) and self.state.fn == "fit" and not self.fast_dev_run else None  # type: ignore[attr-defined]
+        if wanted is not None and self.strategy.broadcast(artifact.steps_of(wanted)) != self.global_step:
+            task = cast(Task, task)
+            if task.ema is not None:
+                task.ema.on_train_start(self, task)  # weights and average as they were at the end
+            artifact.write(task, wanted)
+        return result
+
 
 class RunRecord(SaveConfigCallback):
     """Keeps `run.json`, and refuses a start that is another run than the directory's. Writes config.yaml beside the logs, as its base.
@@ -93,6 +106,7 @@ class RunRecord(SaveConfigCallback):
     _identity: dict[str, Any] | None = None
     _config: dict[str, Any]
     _recorded = False
+    _changing = False
 
     # --- Lightning's hooks -----------------------------------------------------------------------------------------------------
 
@@ -103,6 +117,8 @@ class RunRecord(SaveConfigCallback):
             ManifestMismatchError: names every key that differs, with both values.
             ArtifactError: run.json is damaged.
         """
+        # allowed for this start only, and no option of the other commands that read config.yaml
+        self._changing = bool(self.config.pop("change_config", False))
         if stage == "fit" and self.config.get("trainer.default_root_dir") is not None:
             self._config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
             self._identity = identity(self._config, trainer)
@@ -162,13 +178,15 @@ class RunRecord(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / FILE
         if trainer.is_global_zero:
             try:
-                record = None if self.config.get("change_config") else read(path)
+                record = None if self._changing else read(path)
                 if record is not None:
                     same = record["starts"][-1]["srcflow"] == srcflow.__version__
                     found = differences(record["identity"], self._identity or {}, one_sided=same)
                     found = {k: v for k, v in found.items() if not (v[1] is None and k in LATER)}
             except ArtifactError as e:
                 found = str(e)
+            except (KeyError, IndexError, TypeError) as e:
+                found = f"{path} lacks what it should hold ({type(e).__name__}: {e}). Move it away to start without a history."
         found = trainer.strategy.broadcast(found)
         if isinstance(found, str):
             raise ArtifactError(found)
@@ -275,5 +293,8 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
     """Write the record in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{checkpoint_files.PARTIAL}")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    with partial.open("w") as f:
+        f.write(json.dumps(record, indent=1) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    checkpoint_files.replace(partial, path)

@@ -43,6 +43,14 @@ def write(task: Task, path: str) -> Path:
         return _save(task, path, raw, task.facts(), here=task.trainer.is_global_zero)
 
 
+def steps_of(path: str) -> int | None:
+    """How many optimizer steps an artifact was trained for; None if there is none."""
+    try:
+        return int(artifacts.read_manifest(path)["steps"])
+    except (ArtifactError, KeyError):
+        return None
+
+
 def export(task: Task, checkpoint: str, path: str, *, ema: float | None = None) -> Path:
     """Write the artifact of a checkpoint, without a trainer: what `srcflow export` calls.
 

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from srcflow.callbacks import checkpoint_files
 from srcflow.callbacks.checkpoints import Checkpoints
+from srcflow.callbacks.stop_signals import StopSignals
 from srcflow.errors import CheckpointError, ConfigError, StoppedError
 
 pytestmark = [
@@ -241,3 +243,35 @@ def test_ranks_ask_each_other_about_once_a_second(monkeypatch: pytest.MonkeyPatc
     ranks.others = 15.0  # another rank was told
     told = [listener.agreed(ranks) for _ in range(100)]  # type: ignore[arg-type]
     assert told.count(15) == 1
+
+
+def test_the_signal_that_requeues_is_not_hidden_by_another() -> None:
+    signals = StopSignals()
+    signals.counts = signal.SIGUSR1
+    two: Any = SimpleNamespace(
+        world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda tensor, reduce_op: tensor)
+    )
+    assert signals.agreed(two) == 0
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signals._note(number, None)
+    assert signals.caught == signal.SIGUSR1
+    found = [signals.agreed(two) for _ in range(1001)]  # asked now and then
+    assert set(found) == {0, signal.SIGUSR1}
+    other = StopSignals()
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        other._note(number, None)
+    assert other.caught == signal.SIGTERM
+
+
+def test_the_result_is_not_lost_to_a_signal_after_the_last_step(tmp_path: Path) -> None:
+    """A task's `on_train_end`, which writes it, follows the callbacks'."""
+    written: list[int] = []
+
+    class Writing(Model):
+        def on_train_end(self) -> None:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+            written.append(self.global_step)
+
+    fit(tmp_path, Checkpoints(), Writing())
+    assert written == [14]

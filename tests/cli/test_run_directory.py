@@ -12,11 +12,12 @@ from typing import Any, cast
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from srcflow import artifacts, cli
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.cli import main, run_directory
-from srcflow.errors import ArtifactError, CheckpointError, ManifestMismatchError
+from srcflow.errors import ArtifactError, CheckpointError, ConfigError, ManifestMismatchError
 from srcflow.tasks.flow import FlowTask
 
 ROOT = Path(__file__).parents[2]
@@ -214,3 +215,49 @@ def test_every_key_that_is_left_out_is_an_option(data: Path) -> None:
     assert set(run_directory.MODEL_FREE + run_directory.MODEL_PLACES) <= options(Task)
     assert set(run_directory.DATA_FREE) <= options(DataModule)
     assert set(run_directory.TRAINER) <= set(inspect.signature(L.Trainer.__init__).parameters)
+
+
+def test_a_run_stopped_before_its_artifact_still_writes_it(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sets of weights as an undisturbed run writes them; a second start leaves them alone."""
+
+    def dying(task: Any, path: str) -> Path:
+        raise OSError(28, "No space left on device")
+
+    content = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    content["model"]["init_args"]["artifact"] = str(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    with monkeypatch.context() as patch:
+        patch.setattr("srcflow.tasks.artifact.write", dying)
+        with pytest.raises(OSError, match="No space left"):
+            main(command)
+    assert not (tmp_path / "model").exists()
+    main([*command, "--ckpt_path", "last"])
+    main([*command, "--trainer.default_root_dir", str(tmp_path / "straight"), "--model.artifact", str(tmp_path / "straight/model")])
+    for name in ("model", "raw"):
+        a, b = (load_file(root / "model" / f"{name}.safetensors") for root in (tmp_path, tmp_path / "straight"))
+        assert same(a, b)
+    before = (tmp_path / "model/model.safetensors").stat().st_mtime_ns
+    main([*command, "--ckpt_path", "last"])
+    assert (tmp_path / "model/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_what_is_saved_is_read_by_other_commands_and_a_run_is_not_begun_anew(command: list[str], tmp_path: Path) -> None:
+    main(command)
+    with pytest.raises(ConfigError, match=r"ckpt_path = None: .* holds step-12\.ckpt of an earlier start.* --ckpt_path last"):
+        main(command)
+    main([*command, "--ckpt_path", "last", "--trainer.max_steps", "13", "--change_config", "true"])
+    saved = sorted((tmp_path / "run").rglob("config.yaml"), key=lambda p: p.stat().st_mtime_ns)[-1]
+    assert "change_config" not in saved.read_text()
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    main(["--debug", "validate", "--config", str(saved), "--ckpt_path", str(last)])
+    assert "change_config" not in record(tmp_path)["config"]
+    with pytest.raises(ManifestMismatchError, match="max_steps"):
+        main([*command, "--ckpt_path", "last"])
+
+
+def test_a_record_that_lacks_its_starts_is_refused(command: list[str], tmp_path: Path) -> None:
+    main(command)
+    broken = {k: v for k, v in record(tmp_path).items() if k != "starts"}
+    (tmp_path / "run/run.json").write_text(json.dumps(broken))
+    with pytest.raises(ArtifactError, match=r"run\.json lacks what it should hold .*Move it away"):
+        main([*command, "--ckpt_path", "last"])
