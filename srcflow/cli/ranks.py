@@ -21,7 +21,7 @@ POLL, GRACE = 1.0, 5.0
 
 def launched() -> bool:
     """Whether this process is a rank that another srcflow process launched, and not torchrun, srun or a user."""
-    return "LOCAL_RANK" in os.environ and os.environ.get(LAUNCHER) == str(os.getppid())
+    return "LOCAL_RANK" in os.environ and LAUNCHER in os.environ
 
 
 @contextmanager
@@ -30,7 +30,8 @@ def company() -> Iterator[None]:
     before = os.environ.get(LAUNCHER)
     done = threading.Event()
     if launched():
-        threading.Thread(target=_watch, args=(os.getppid(), done), daemon=True, name="launcher-observer").start()
+        launcher = int(os.environ[LAUNCHER])  # it may have gone before this process came so far
+        threading.Thread(target=_watch, args=(launcher, done), daemon=True, name="launcher-observer").start()
     elif "LOCAL_RANK" not in os.environ:
         os.environ[LAUNCHER] = str(os.getpid())
     try:

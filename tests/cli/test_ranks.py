@@ -159,6 +159,7 @@ import os, subprocess, sys, time
 from srcflow.cli import ranks
 ranks.POLL, ranks.GRACE = 0.05, float(sys.argv[2])
 if "LOCAL_RANK" in os.environ:
+    time.sleep(float(sys.argv[3]))  # as an interpreter that starts slowly
     assert ranks.launched()
     with ranks.company():
         print(os.getpid(), flush=True)
@@ -172,9 +173,17 @@ else:
 """
 
 
-@pytest.mark.parametrize(("sleep", "grace", "message"), [(60, 0.2, "has gone; rank 1 hangs and is ended"), (3, 30, "ended by itself")])
-def test_a_rank_that_hangs_ends_after_its_launcher(sleep: float, grace: float, message: str) -> None:
-    out = subprocess.run([sys.executable, "-c", ORPHAN, str(sleep), str(grace)], capture_output=True, text=True, timeout=30)
+@pytest.mark.parametrize(
+    ("sleep", "grace", "late", "message"),
+    [
+        (60, 0.2, 0, "has gone; rank 1 hangs and is ended"),
+        (60, 0.2, 2, "has gone; rank 1 hangs and is ended"),
+        (3, 30, 0, "ended by itself"),
+    ],
+)
+def test_a_rank_that_hangs_ends_after_its_launcher(sleep: float, grace: float, late: float, message: str) -> None:
+    """Also where the launcher had gone before the rank came to look for it."""
+    out = subprocess.run([sys.executable, "-c", ORPHAN, str(sleep), str(grace), str(late)], capture_output=True, text=True, timeout=30)
     assert out.returncode == 9
     assert message in out.stdout + out.stderr
 
