@@ -131,9 +131,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, suffix: str = SUFFIX) -> None:
     """Remove what a killed run left half written."""
-    for partial in folder.glob(f".*{SUFFIX}{PARTIAL}"):
+    for partial in folder.glob(f".*{suffix}{PARTIAL}"):
         remove(partial)
 
 
