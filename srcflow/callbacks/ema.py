@@ -227,12 +227,12 @@ class EMA(L.Callback):
         state: dict[str, Tensor] = checkpoint.get("state_dict", {})
         present = self._backup if self._backup is not None else trained(pl_module)
         sharded = any(isinstance(v, DTensor) for v in state.values())
-        # a sharded checkpoint keeps what is no state_dict in rank zero's file; one parameter at a time, so that no GPU holds them all again
-        keep = bool(state) and (sharded or pl_module.trainer.is_global_zero)
+        # rank zero's file has what is no state_dict, if sharded too; one parameter at a time, so that no GPU holds them all again
+        keep = bool(state) and pl_module.trainer.is_global_zero
         raw = _on_host(present, keep)
         averaged = self._shadows[0] if sharded else _on_host(self._shadows[0], keep)
         names = aliases(pl_module).items()
-        for name, owner in names if keep else ():
+        for name, owner in names if keep or sharded else ():
             if name in state:
                 state[name] = averaged[owner].to(state[name].dtype)
         checkpoint[AVERAGES] = {"decays": list(self.decays), "further": [_on_host(s, keep) for s in self._shadows[1:]]}
