@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from srcflow.callbacks import checkpoint_files
 from srcflow.callbacks.checkpoint_files import CheckpointFiles
-from srcflow.errors import ArtifactError, ConfigError
+from srcflow.errors import ArtifactError, CheckpointError, ConfigError
 
 AVERAGES = "averages"
 """Key of a checkpoint: `decays`, and `further`, the averages besides that of `decays[0]`, which is in `state_dict`."""
@@ -43,21 +45,33 @@ def choose(checkpoint: Mapping[str, Any], decay: float | None, *, what: str) -> 
     return {**state, **known[decay]}
 
 
-def write_snapshot(path: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write weights in one step: a reader finds the whole file or none.
+def write_snapshot(path: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any], checkpoints: Path | None = None) -> None:
+    """Write weights in one step, and bring them to the disk: a reader finds the whole file or none.
 
     Args:
         path: the file; its directory is made.
         state: tensors on the CPU that share no memory.
         facts: JSON-able; what they are of.
+        checkpoints: the run's checkpoints, of which an error names the newest whole one.
+
+    Raises:
+        CheckpointError: the disk is full, or the file cannot be written for another reason; what was there before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = checkpoint_files.hidden(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in state.items()}, str(partial), metadata={"facts": json.dumps(facts)})
-        partial.replace(path)
+        with partial.open("rb+") as f:
+            os.fsync(f.fileno())
+        checkpoint_files.replace(partial, path)
+    except (OSError, SafetensorError) as e:
+        reason = (e.strerror if isinstance(e, OSError) else None) or e
+        found = checkpoint_files.newest(checkpoints) if checkpoints is not None else None
+        kept = f" The last whole checkpoint is {found}: go on from it with --ckpt_path {found}." if found else ""
+        raise CheckpointError(f"snapshot {path} could not be written: {reason}.{kept}") from e
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:

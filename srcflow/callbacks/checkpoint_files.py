@@ -13,11 +13,15 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from torch.distributed.checkpoint import FileSystemReader
 
 from srcflow.errors import CheckpointError
 
 SUFFIX = ".ckpt"
 PARTIAL = ".partial"
+ASIDE = ".aside"
+META, SHARDS = "meta.pt", ".metadata"
+"""Of a directory of shards: Lightning's file of what is not sharded, and torch's list of what is."""
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError, KeyError, ValueError)
 
 
@@ -100,16 +104,32 @@ def hidden(place: Path) -> Path:
 
 
 def replace(partial: Path, place: Path) -> None:
-    """Give a finished file (or directory) its name, and bring that to the disk."""
+    """Give a finished file (or directory) its name, and bring that to the disk.
+
+    A directory cannot be replaced in one step: the old one is moved aside and goes last. A run that is killed in between leaves it there,
+    and `sweep` moves it back.
+    """
+    if partial.is_dir() and not partial.is_symlink():
+        for file in filter(Path.is_file, partial.iterdir()):  # Lightning syncs none, torch the shards
+            with file.open("rb+") as f:
+                os.fsync(f.fileno())
+        _sync(partial)
+    aside = place.with_name(f".{place.name}{ASIDE}")
     if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)  # a directory cannot be replaced in one step
+        remove(aside)
+        place.rename(aside)
     partial.replace(place)
+    _sync(place.parent)
+    remove(aside)
+
+
+def _sync(folder: Path) -> None:
     with suppress(OSError):  # some file systems do not sync directories
-        folder = os.open(place.parent, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(handle)
         finally:
-            os.close(folder)
+            os.close(handle)
 
 
 def link(place: Path, target: Path) -> None:
@@ -131,9 +151,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed run left half written."""
-    for partial in folder.glob(f".*{SUFFIX}{PARTIAL}"):
+def sweep(folder: Path, suffix: str = SUFFIX) -> None:
+    """Remove what a killed run left half written, and put back what it had moved aside for a directory that never came."""
+    for aside in folder.glob(f".*{suffix}{ASIDE}"):
+        place = aside.with_name(aside.name.removeprefix(".").removesuffix(ASIDE))
+        if place.exists():
+            remove(aside)
+        else:
+            aside.rename(place)
+    for partial in folder.glob(f".*{suffix}{PARTIAL}"):
         remove(partial)
 
 
@@ -142,14 +168,27 @@ def whole(path: Path, *, content: bool = True) -> bool:
 
     Args:
         path: a file, or a directory of shards.
-        content: read it all and compare its checksums, or look only whether its end is there.
+        content: read it all and compare its checksums, or look only whether its end is there. Shards have no checksums: of them only the
+            sizes are compared.
     """
     if path.is_dir():
-        return (path / "meta.pt").is_file() and (path / ".metadata").is_file()
+        return whole(path / META, content=content) and _shards_are_there(path)
     try:
         with zipfile.ZipFile(path) as file:
             return not content or file.testzip() is None
     except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _shards_are_there(path: Path) -> bool:
+    """Whether every file that torch's list names is as long as the items in it need."""
+    try:
+        items = FileSystemReader(path).read_metadata().storage_data or {}
+        ends: dict[str, int] = {}
+        for item in items.values():
+            ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
+        return all((path / name).stat().st_size >= end for name, end in ends.items())
+    except Exception:  # a damaged pickle can raise anything
         return False
 
 

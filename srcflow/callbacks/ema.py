@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from srcflow.callbacks import checkpoint_files
 from srcflow.callbacks.averages import AVERAGES, SUFFIX, averages_of, write_snapshot
 from srcflow.callbacks.non_finite import step_was_skipped
 from srcflow.errors import ArtifactError, ConfigError, Problems
@@ -82,6 +83,8 @@ class EMA(L.Callback):
             self._shadows = [{k: _wide(p) for k, p in parameters.items()} for _ in self.decays]
             self.updates = 0
         self._step = trainer.global_step
+        if self.snapshot_every is not None and trainer.is_global_zero:
+            checkpoint_files.sweep(self._folder(trainer), SUFFIX)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -107,9 +110,17 @@ class EMA(L.Callback):
         """Whether there is an average, and of anything."""
         return bool(self._shadows and self._shadows[0])
 
+    def _folder(self, trainer: L.Trainer) -> Path:
+        """Where the snapshots are."""
+        return Path(self.snapshots) if self.snapshots is not None else Path(trainer.default_root_dir) / "snapshots"
+
     def _keep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the snapshots of this step that are not there yet."""
-        root = Path(self.snapshots) if self.snapshots is not None else Path(trainer.default_root_dir) / "snapshots"
+        """Write the snapshots of this step that are not there yet.
+
+        Raises:
+            CheckpointError: one cannot be written, e.g. because the disk is full.
+        """
+        root, checkpoints = self._folder(trainer), Path(trainer.default_root_dir) / "checkpoints"
         for decay, shadow in zip(self.decays, self._shadows, strict=True):
             path = root / f"step-{self._step:08d}-ema-{decay}{SUFFIX}"
             if trainer.strategy.broadcast(path.exists()):  # gathering shards is a collective
@@ -118,7 +129,7 @@ class EMA(L.Callback):
             state = _on_host(values, trainer.is_global_zero)
             if trainer.is_global_zero:
                 facts: Any = getattr(pl_module, "facts", dict)  # a Task's
-                write_snapshot(path, state, {"srcflow": facts(), "step": self._step, "ema": decay})
+                write_snapshot(path, state, {"srcflow": facts(), "step": self._step, "ema": decay}, checkpoints)
 
     # --- using the average -----------------------------------------------------------------------------------------------------
 
@@ -216,12 +227,12 @@ class EMA(L.Callback):
         state: dict[str, Tensor] = checkpoint.get("state_dict", {})
         present = self._backup if self._backup is not None else trained(pl_module)
         sharded = any(isinstance(v, DTensor) for v in state.values())
-        # a sharded checkpoint keeps what is no state_dict in rank zero's file; one parameter at a time, so that no GPU holds them all again
-        keep = bool(state) and (sharded or pl_module.trainer.is_global_zero)
+        # rank zero's file has what is no state_dict, if sharded too; one parameter at a time, so that no GPU holds them all again
+        keep = bool(state) and pl_module.trainer.is_global_zero
         raw = _on_host(present, keep)
         averaged = self._shadows[0] if sharded else _on_host(self._shadows[0], keep)
         names = aliases(pl_module).items()
-        for name, owner in names if keep else ():
+        for name, owner in names if keep or sharded else ():
             if name in state:
                 state[name] = averaged[owner].to(state[name].dtype)
         checkpoint[AVERAGES] = {"decays": list(self.decays), "further": [_on_host(s, keep) for s in self._shadows[1:]]}

@@ -70,6 +70,7 @@ class Task(L.LightningModule):
         self.outside: dict[str, nn.Module] = {}
         self.guard = NonFiniteGuard(optimization.gradient_clip, optimization.max_bad_steps, optimization.dump_bad_steps)
         self.replaying = False
+        self.apart = False  # in `examination.apart`: a training step is only a function of its batch
         self._built_on: dict[str, dict[str, str]] = {}
         self._raw_state: dict[str, Tensor] | None = None
         self._evaluated: Weights | None = None

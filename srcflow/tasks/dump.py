@@ -67,7 +67,7 @@ class Dump:
 def account(task: Task, step: BadStep) -> str:
     """Examine the batches of a dropped step, dump them if that is asked for, and say it in words. To be called on every rank."""
     name = examination.names_of(task)
-    findings = [examination.examine(task, batch, number) for batch, number in step.batches]
+    findings = [examination.attempt(task, batch, number) for batch, number in step.batches]
     found = max((examination.verdict(f, name) for f in findings), key=lambda v: v[0])
     text = f"{examination.worst(found)}."
     text = text[0].upper() + text[1:]

@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 Finding = dict[str, Any]
 """What a batch is like: `loss`; `terms`, the logged parts of the loss by name; `indices`; and where the task has them `blocks`, lists of
-one number per block, and `samples`, lists of one number per sample. Numbers only, so that it can be written as JSON."""
+one number per block, and `samples`, lists of one number per sample. Numbers only, so that it can be written as JSON. Of a batch that could
+not be examined only `problem`, why, and what else is known."""
 
 
 @contextmanager
 def apart(task: Task) -> Iterator[dict[str, float]]:
     """A block in which `training_step` is only a function of the batch: it yields the numbers that would have been logged.
 
-    Nothing is logged, what batches change is put back, and the discriminator is left as it is. Under the run's precision.
+    Nothing is logged, what batches change is put back, and the discriminator is left as it is. Under the run's precision. No collective,
+    unless the weights are sharded.
     """
     terms: dict[str, float] = {}
 
@@ -45,6 +47,8 @@ def apart(task: Task) -> Iterator[dict[str, float]]:
         undo.callback(restore, task, before)
         undo.callback(task.__dict__.pop, "log")
         task.__dict__["log"] = note  # also what log_dict calls
+        undo.callback(setattr, task, "apart", task.apart)
+        task.apart = True
         if isinstance(game, Discriminator):
             undo.callback(setattr, game, "paused", game.paused)
             game.paused = True
@@ -61,7 +65,7 @@ def restore(task: Task, before: Mapping[str, Tensor]) -> None:
 
 
 def examine(task: Task, batch: Any, batch_idx: int, backward: Callable[[Tensor], None] | None = None) -> Finding:
-    """One batch of a training step once more. Under several ranks all have to call it.
+    """One batch of a training step once more. Where the weights are sharded, all ranks have to call it.
 
     Args:
         task: in a fit, at the step.
@@ -69,7 +73,7 @@ def examine(task: Task, batch: Any, batch_idx: int, backward: Callable[[Tensor],
         batch_idx: its number in the epoch.
         backward: what to do with the loss, outside of autocast, before the statistics are taken.
     """
-    sharded = any(isinstance(p, DTensor) for p in task.parameters())  # a forward of shards that no backward follows
+    sharded = is_sharded(task)  # a forward of shards that no backward follows
     with apart(task) as terms, torch.set_grad_enabled(not sharded):
         loss = cast(Tensor, task.training_step(batch, batch_idx))
     if backward is not None:
@@ -79,9 +83,30 @@ def examine(task: Task, batch: Any, batch_idx: int, backward: Callable[[Tensor],
     if sharded:
         trained(task)  # reshards
     finding: Finding = {"loss": float(loss.detach()), "terms": {k: v for k, v in terms.items() if k.startswith("train/")}}
-    if isinstance(batch, Mapping) and isinstance(batch.get("indices"), Tensor):
-        finding["indices"] = batch["indices"].tolist()
-    return {**finding, **{kind: {k: v.tolist() for k, v in values.items()} for kind, values in seen.items()}}
+    return {**finding, **_indices(batch), **{kind: {k: v.tolist() for k, v in values.items()} for kind, values in seen.items()}}
+
+
+def attempt(task: Task, batch: Any, batch_idx: int) -> Finding:
+    """As `examine`; what fails on this rank alone becomes a finding, since the others are going on.
+
+    Where the weights are sharded the ranks examine together, so there an error is raised.
+    """
+    if is_sharded(task):
+        return examine(task, batch, batch_idx)
+    try:
+        return examine(task, batch, batch_idx)
+    except Exception as e:  # whatever it is, the dropped step is the one to report
+        return {"loss": math.nan, "terms": {}, **_indices(batch), "problem": f"could not be examined: {type(e).__name__}: {e}"}
+
+
+def is_sharded(task: Task) -> bool:
+    """Whether a forward pass of the task is a collective."""
+    return any(isinstance(p, DTensor) for p in task.parameters())
+
+
+def _indices(batch: Any) -> dict[str, list[int]]:
+    found = batch.get("indices") if isinstance(batch, Mapping) else None
+    return {"indices": found.tolist()} if isinstance(found, Tensor) else {}
 
 
 def verdict(finding: Finding, name: Callable[[int], str] = str) -> tuple[tuple[int, float], str]:
@@ -91,6 +116,8 @@ def verdict(finding: Finding, name: Callable[[int], str] = str) -> tuple[tuple[i
         finding: from `examine`.
         name: a sample's name by its index.
     """
+    if "problem" in finding:
+        return (0, math.inf), f"batch {finding['problem']}"
     blocks, samples = finding.get("blocks", {}), finding.get("samples", {})
     ids = finding.get("indices", [])
     if bad := _which(samples.get("code_abs_max", [])):
@@ -131,13 +158,23 @@ def worst(found: tuple[tuple[int, float], str]) -> str:
 
 
 def names_of(task: Task) -> Callable[[int], str]:
-    """How to call a training sample: by its key, where the datamodule knows one, and by its index."""
+    """How to call a training sample: by its key, where the datamodule knows one, and by its index. Never fails."""
     try:
         data = task.trainer.datamodule.dataset("train", training=True)  # type: ignore[attr-defined]
         key = data.key
     except (AttributeError, SrcflowError):  # no datamodule of ours
         return str
-    return lambda index: f"{index} ({key(index)})"
+    except Exception as e:
+        problem = f"no name: {type(e).__name__}: {e}"
+        return lambda index: f"{index} ({problem})"
+
+    def name(index: int) -> str:
+        try:
+            return f"{index} ({key(index)})"
+        except Exception as e:
+            return f"{index} (no name: {type(e).__name__}: {e})"
+
+    return name
 
 
 def _which(values: list[float]) -> list[int]:

@@ -290,7 +290,7 @@ class FlowTask(Task):
             error = self._denoiser_loss(codes, condition, z, logdet)
             self.log("train/denoiser", error.detach())
             loss = loss + error
-        if self.flow.learn_prior:  # one batch whose square is the mean over all ranks
+        if self.flow.learn_prior and not self.apart:  # one batch whose square is the mean over all ranks
             moments = cast(Tensor, self.trainer.strategy.reduce(z.detach().square().mean(0), reduce_op="mean"))
             self.flow.update_prior(moments.sqrt()[None])
         self.log("train/nll", nll.detach(), prog_bar=True)

@@ -172,6 +172,9 @@ def differences(dump: Dump, result: Replay, *, heads_moved: bool = False) -> lis
     last = max((r.number for r in dump.batches), default=0)
     for recorded, now in zip(dump.batches, result.findings, strict=True):
         then = recorded.finding
+        if "problem" in then:
+            found.append(f"{where_of(recorded, dump)}: {then['problem']} in the run; there is nothing to compare with")
+            continue
         for kind in ("loss", "terms", "blocks", "samples"):
             for name, a, b in _pairs(kind, then.get(kind), now.get(kind)):
                 if not _same(a, b):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
 
 from srcflow.callbacks import checkpoint_files as files
 from srcflow.errors import CheckpointError
@@ -115,6 +117,85 @@ def test_a_link_is_replaced_in_one_step_and_a_copy_does_where_there_are_no_links
     assert not last.is_symlink()
     assert last.read_bytes() == first.read_bytes()
     assert names(tmp_path) == ["1.ckpt", "2.ckpt", "last.ckpt"]
+
+
+def shards(path: Path) -> Path:
+    """A directory as FSDP2 writes it under `save_distributed_checkpoint`."""
+    path.mkdir()
+    checkpoint.save({"weights": torch.arange(50_000.0), "step": 3}, checkpoint_id=path, no_dist=True)
+    torch.save({"global_step": 3}, path / "meta.pt")
+    return path
+
+
+def cut(file: Path, to: int) -> None:
+    file.write_bytes(file.read_bytes()[:to])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_directory_of_shards_that_lacks_something_is_refused(tmp_path: Path) -> None:
+    good = shards(tmp_path / "step-1.ckpt")
+    files.check(good)
+    assert files.whole(good)
+    (data,) = good.glob("*.distcp")
+    damages: dict[str, Callable[[Path], None]] = {
+        "no meta": lambda d: (d / "meta.pt").unlink(),
+        "cut meta": lambda d: cut(d / "meta.pt", -30),
+        "no list": lambda d: (d / ".metadata").unlink(),
+        "empty list": lambda d: cut(d / ".metadata", 0),
+        "cut list": lambda d: cut(d / ".metadata", -10),
+        "no shard": lambda d: (d / data.name).unlink(),
+        "cut shard": lambda d: cut(d / data.name, -1),
+    }
+    for name, damage in damages.items():
+        broken = tmp_path / "step-2.ckpt"
+        shutil.copytree(good, broken)
+        files.check(broken)
+        damage(broken)
+        with pytest.raises(CheckpointError, match=rf"is not a whole checkpoint.* go on from it with --ckpt_path {good}\.$"):
+            files.check(broken)
+        assert files.newest(tmp_path) == good, name
+        shutil.rmtree(broken)
+
+
+def test_a_directory_is_replaced_without_a_moment_that_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "step-1.ckpt"
+    place.mkdir()
+    (place / "meta.pt").write_text("old")
+
+    def half() -> Path:
+        partial = files.hidden(place)
+        partial.mkdir()
+        (partial / "meta.pt").write_text("new")
+        return partial
+
+    def killed(*args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    replace, rmtree, synced = Path.replace, shutil.rmtree, []
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        files.replace(half(), place)
+    monkeypatch.setattr(Path, "replace", replace)
+    files.sweep(tmp_path)  # the next start
+    assert names(tmp_path) == ["step-1.ckpt"]
+    assert (place / "meta.pt").read_text() == "old"
+
+    def noted(path: Path, **more: object) -> None:  # what is old goes when the new is there
+        assert (place / "meta.pt").read_text() == "new"
+        rmtree(path)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    monkeypatch.setattr(shutil, "rmtree", noted)
+    files.replace(half(), place)
+    assert synced == ["meta.pt", ".step-1.ckpt.partial", tmp_path.name]
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        files.replace(half(), place)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert len(names(tmp_path)) == 2
+    files.sweep(tmp_path)
+    assert names(tmp_path) == ["step-1.ckpt"]
+    assert (place / "meta.pt").read_text() == "new"
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path: Path) -> None:

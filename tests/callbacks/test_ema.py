@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 
 from srcflow.callbacks import averages
 from srcflow.callbacks.averages import choose, read_weights
+from srcflow.callbacks.checkpoint_files import CheckpointFiles
 from srcflow.callbacks.ema import EMA
-from srcflow.errors import ArtifactError, ConfigError
+from srcflow.errors import ArtifactError, CheckpointError, ConfigError
 
 
 class Line(L.LightningModule):
@@ -234,18 +237,55 @@ def test_snapshots_are_kept_on_schedule_and_not_written_again(tmp_path: Path) ->
     assert sorted(files()) == [f"step-0000000{n}-ema-{d}.safetensors" for n in (3, 6) for d in (0.5, 0.9)]
 
 
-def test_a_snapshot_that_cannot_be_written_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: Any, path: str, **more: Any) -> None:
-        Path(path).write_bytes(b"part")
-        raise OSError("no space left")
+@pytest.mark.parametrize("size", [0, 100, 100_000])
+def test_a_full_disk_leaves_the_last_good_snapshot_and_no_part(size: int, tmp_path: Path) -> None:
+    place, checkpoints = tmp_path / "snapshots/step.safetensors", tmp_path / "checkpoints"
+    state = {"weights": torch.arange(50_000.0)}
+    averages.write_snapshot(place, state, {})
+    before = place.read_bytes()
+    CheckpointFiles().save_checkpoint({"step": 3}, checkpoints / "step-3.ckpt")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(CheckpointError) as e:
+            averages.write_snapshot(place, state, {}, checkpoints)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert str(e.value).startswith(f"snapshot {place} could not be written: ")
+    assert "File too large" in str(e.value)
+    assert str(e.value).endswith(f" go on from it with --ckpt_path {checkpoints / 'step-3.ckpt'}.")
+    assert e.value.status == 2
+    assert [p.name for p in place.parent.iterdir()] == [place.name]
+    assert place.read_bytes() == before
 
-    monkeypatch.setattr(averages, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        averages.write_snapshot(tmp_path / "step.safetensors", {}, {})
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "broken.safetensors").write_bytes(b"part")
+
+def test_a_folder_that_cannot_be_made_and_a_damaged_snapshot_are_reported(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"part")
+    with pytest.raises(CheckpointError, match=r"could not be written: (File exists|Not a directory)\.$"):
+        averages.write_snapshot(broken / "step.safetensors", {}, {})
     with pytest.raises(ArtifactError, match="cannot be read"):
-        read_weights(tmp_path / "broken.safetensors")
+        read_weights(broken)
+
+
+def test_a_snapshot_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, synced = tmp_path / "step.safetensors", []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, place.exists()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    averages.write_snapshot(place, {"w": torch.zeros(3)}, {})
+    assert synced == [(".step.safetensors.partial", False), (tmp_path.name, True)]
+
+
+def test_leftovers_of_a_killed_run_are_removed_from_the_snapshots(tmp_path: Path) -> None:
+    for name in (".step-00000001-ema-0.9.safetensors.partial", "notes.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    trainer(tmp_path, EMA(0.9, snapshot_every=100, snapshots=str(tmp_path))).fit(Line(), loader())
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["notes.partial"]
 
 
 @pytest.mark.parametrize(

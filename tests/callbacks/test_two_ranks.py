@@ -27,7 +27,8 @@ def test_all_strategies_agree_and_a_resumed_run_is_the_straight_one(tmp_path: Pa
         (tmp_path / mode).mkdir()
         results[mode] = run(mode, tmp_path / mode)
         assert results[mode]["straight"] == results[mode]["resumed"], mode
+        assert results[mode]["kept"] == [8, 0], mode  # four parameters, trained and in the second average
         assert (results[mode]["straight"]["updates"], results[mode]["straight"]["skipped"]) == (7, 1)
     for mode in ("full", "sharded"):
-        for name in ("ema", "raw"):
+        for name in ("ema", "raw", "further"):
             assert results[mode]["straight"][name] == pytest.approx(results["ddp"]["straight"][name], abs=1e-6)

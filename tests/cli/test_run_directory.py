@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import Any, cast
@@ -172,6 +173,31 @@ def test_a_signal_before_the_first_step_asks_for_another_start(
     assert stopped_at(0, signal.SIGUSR1, command, monkeypatch, "on_fit_start") == 75
     assert "stopped by SIGUSR1 before the first step" in capsys.readouterr().err
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_run_goes_around_bad_data_as_the_guide_says(command: list[str], tmp_path: Path) -> None:
+    """The guide's own command line, with this run's places; every later start needs the seed."""
+    main(command)
+    straight = weights(tmp_path / "run/checkpoints/step-12.ckpt")
+    guide = (ROOT / "docs/howto/divergence.md").read_text().partition("## Going back, and around")[2]
+    (line,) = [x.removeprefix("$ srcflow ") for x in guide.partition("\n## ")[0].splitlines() if x.startswith("$ srcflow fit ")]
+    words = shlex.split(line)
+    for option, place in (("--config", tmp_path / "run.yaml"), ("--ckpt_path", tmp_path / "run/checkpoints/step-8.ckpt")):
+        words[words.index(option) + 1] = str(place)
+    with pytest.raises(ManifestMismatchError, match=r"data\.init_args\.seed"):
+        main(["--debug", *words[: words.index("--change_config")]])
+    main(["--debug", *words])
+    assert [s["step"] for s in record(tmp_path)["starts"]] == [0, 8]
+    around = weights(tmp_path / "run/checkpoints/step-12.ckpt")
+    assert around["global_step"] == straight["global_step"] == 12
+    assert not same(around["raw_state"], straight["raw_state"])
+
+    later = [*command, *words[words.index("--ckpt_path") :][:2]]
+    with pytest.raises(ManifestMismatchError, match=r"data\.init_args\.seed"):
+        main(later)
+    main([*later, "--data.seed", "1"])
+    assert [s["step"] for s in record(tmp_path)["starts"]] == [0, 8, 8]
+    assert same(weights(tmp_path / "run/checkpoints/step-12.ckpt")["raw_state"], around["raw_state"])
 
 
 def test_a_damaged_checkpoint_or_record_is_refused_before_anything_is_made(command: list[str], tmp_path: Path) -> None:

@@ -6,16 +6,20 @@ import importlib.util
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from srcflow.callbacks.non_finite import NonFiniteWarning
 from srcflow.callbacks.spike_monitor import SpikeMonitor
+from srcflow.cli.replay import report
+from srcflow.data.feature_store import FeatureStoreDataset
 from srcflow.tasks import dump as dumps
-from srcflow.tasks.examination import verdict
+from srcflow.tasks.examination import attempt, names_of, verdict
 from srcflow.tasks.replay import differences, replay
 
 SCRIPT = Path(__file__).with_name("bad_step.py")
@@ -109,6 +113,75 @@ def test_the_block_where_values_stop_to_be_finite_is_named(parts: Any, tmp_path:
 )
 def test_what_is_extreme_is_said_in_words(finding: dict[str, Any], severity: tuple[int, float], words: str) -> None:
     assert verdict(finding, lambda i: f"#{i}") == (severity, words)
+
+
+@pytest.mark.filterwarnings("ignore::srcflow.callbacks.non_finite.NonFiniteWarning")
+def test_a_batch_that_cannot_be_examined_ends_no_run(parts: Any, tmp_path: Path) -> None:
+    parts.prepare(tmp_path)
+    task = parts.make(tmp_path)
+    step, steps = task.training_step, []
+
+    def broken(batch: Any, batch_idx: int) -> Any:
+        steps.append(batch_idx)
+        if steps.count(batch_idx) == 2:
+            raise RuntimeError("no room for it")
+        return step(batch, batch_idx)
+
+    task.training_step = broken
+    with pytest.warns(NonFiniteWarning) as record:
+        parts.fit(tmp_path, task=task, max_steps=6)
+    assert (task.guard.skipped, task.global_step) == (1, 6)
+    text = said(record)
+    assert "Batch could not be examined: RuntimeError: no room for it. Dumped; " in text
+    assert "log" not in task.__dict__
+    assert task.apart is False
+    dump = dumps.read(tmp_path / "nonfinite-step000002")
+    (finding,) = [b.finding for b in dump.batches]
+    assert finding["problem"] == "could not be examined: RuntimeError: no room for it"
+    assert f"key{parts.POISONED}" in " ".join(finding["names"])
+    result = replay(dump, parts.make(tmp_path, seed=1))
+    assert differences(dump, result)[0] == f"batch 2: {finding['problem']} in the run; there is nothing to compare with"
+    assert f"sample {parts.POISONED} (key{parts.POISONED}) are not finite" in report(dump, result)
+
+
+def test_a_sample_whose_name_cannot_be_found_goes_by_its_number(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts.prepare(tmp_path)
+
+    def lost(*args: Any, **more: Any) -> Any:
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(FeatureStoreDataset, "key", lost)
+    with pytest.warns(NonFiniteWarning) as record:
+        parts.fit(tmp_path, max_steps=3)
+    assert f"sample {parts.POISONED} (no name: OSError: disk gone) are not finite, before the flow. Dumped; " in said(record)
+    task: Any = SimpleNamespace(trainer=SimpleNamespace(datamodule=SimpleNamespace(dataset=lost)))
+    assert names_of(task)(3) == "3 (no name: OSError: disk gone)"
+
+
+def test_a_batch_is_examined_without_the_other_ranks(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learned prior follows the mean over all ranks in training, and only there."""
+    parts.prepare(tmp_path, spoiled=False)
+    task, calls = parts.make(tmp_path), []
+    reduce = SingleDeviceStrategy.reduce
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce", lambda self, x, *a, **k: calls.append(task.apart) or reduce(self, x, *a, **k))
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            before = len(calls)
+            assert before > 0
+            assert "problem" not in attempt(pl_module, batch, batch_idx)
+            assert len(calls) == before
+
+    parts.fit(tmp_path, Look(), task=task, max_steps=2)
+    assert calls
+
+
+def test_an_unexamined_batch_is_worse_than_a_sound_one_and_better_than_a_bad_one() -> None:
+    unknown = verdict({"loss": math.nan, "terms": {}, "problem": "could not be examined: E: x"})
+    assert unknown[1] == "batch could not be examined: E: x"
+    sound = verdict({"loss": 1.0, "terms": {"train/l1": 1e9}})
+    bad = verdict({"loss": 1.0, "terms": {"train/l1": math.nan}})
+    assert sound[0] < unknown[0] < bad[0]
 
 
 class Save(L.Callback):
