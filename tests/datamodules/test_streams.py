@@ -239,10 +239,23 @@ def test_too_many_bad_samples_stop_the_run_and_are_listed(mode: str, tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore:bad sample:UserWarning")
-def test_a_batch_without_a_good_sample_stops_the_run(tmp_path: Path) -> None:
+def test_the_run_stops_where_no_good_sample_was_met_before(tmp_path: Path) -> None:
     shards(tmp_path, [2, 2], bad=(0, 1, 2, 3))
-    with pytest.raises(DataError, match="a whole batch of them"):
+    with pytest.raises(DataError, match="with no good one before them"):
         list(make(tmp_path, "s-{000..001}.tar", batch_size=2, max_bad_fraction=1.0).train_dataloader())
+
+
+@pytest.mark.filterwarnings("ignore:bad sample:UserWarning")
+@pytest.mark.parametrize("mode", ["map", "stream"])
+def test_a_batch_of_bad_samples_alone_repeats_the_last_good_one(mode: str, tmp_path: Path) -> None:
+    shards(tmp_path, [8, 8])
+    order = [int(b["indices"]) for b in make(tmp_path, "s-{000..001}.tar", mode=mode, batch_size=1).train_dataloader()]
+    bad = tuple(order[5:7])
+    shards(tmp_path, [8, 8], bad=bad)
+    data = make(tmp_path, "s-{000..001}.tar", mode=mode, batch_size=1, max_bad_fraction=0.5)
+    batches = list(data.train_dataloader())
+    assert [int(b["indices"]) for b in batches] == order[:5] + [order[4]] * 2 + order[7:]
+    assert all((b["images"][:, 0, 0, 0] == b["indices"]).all() for b in batches)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
