@@ -6,14 +6,16 @@ The index follows the wids convention of WebDataset: `{"wids_version": 1, "shard
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,22 +221,40 @@ def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Pro
 
 
 def write_index(folder: str | os.PathLike[str], entries: Iterable[Entry]) -> Path:
-    """Put entries into a folder's index: those of other shards stay as long as their files exist. The file is the old or the new one.
+    """Put entries into a folder's index. The file is the old or the new one; several may write at once, where folders can be locked.
+
+    Entries of other shards stay, if they are remote or as long as their files exist. A hash that was recorded before is taken anew.
 
     Raises:
         DataError: the index that is there cannot be read.
     """
     path = Path(folder, INDEX)
-    old = read_index(str(path)) if path.is_file() else {}
-    merged = {name: e for name, e in old.items() if (path.parent / name).is_file()} | {e.url: e for e in entries}
-    content = {
-        "wids_version": 1,
-        "shardlist": [{k: v for k, v in asdict(merged[name]).items() if v is not None} for name in sorted(merged)],
-    }
-    partial = path.with_name(f".{INDEX}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with _locked(path.parent):
+        old = read_index(str(path)) if path.is_file() else {}
+        merged = {name: e for name, e in old.items() if is_remote(name) or (path.parent / name).is_file()}
+        for e in entries:
+            hashed = e.sha256 is None and e.url in old and old[e.url].sha256 is not None
+            merged[e.url] = replace(e, sha256=sha256_of(path.parent / e.url)) if hashed else e
+        content = {
+            "wids_version": 1,
+            "shardlist": [{k: v for k, v in asdict(merged[name]).items() if v is not None} for name in sorted(merged)],
+        }
+        partial = path.with_name(f".{INDEX}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
     return path
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time in a folder; without effect on file systems that do not lock folders."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
