@@ -36,6 +36,9 @@ CURE = (
 )
 
 
+NO_INDEX = "Name the right one in data.index, or move this one away and run `srcflow index` on the shards."
+
+
 def is_remote(url: str) -> bool:
     """Whether a shard is something else than a local path: http(s), a pipe, or another scheme that webdataset opens."""
     return SCHEME.match(url) is not None
@@ -172,9 +175,11 @@ def read_index(place: str) -> dict[str, Entry]:
     try:
         with open_shard(place) as stream:
             content = bytes(stream.read())
+        return parse_index(content, place)
+    except DataError as e:
+        raise DataError(f"{e} {NO_INDEX}") from e
     except OSError as e:
-        raise DataError(f"{place}: cannot be read: {e}.") from e
-    return parse_index(content, place)
+        raise DataError(f"{place}: cannot be read: {e}. {NO_INDEX}") from e
 
 
 def index_of(url: str) -> str | None:
@@ -185,13 +190,14 @@ def index_of(url: str) -> str | None:
 
 
 def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Problems) -> dict[str, Entry]:
-    """What indices say of shards; local ones that no index lists are left out.
+    """What indices say of shards; local ones that the index beside them does not list are left out.
 
     Args:
         urls: shards.
         index: the index of all of them; None: the one beside each, which local shards need not have.
         key: configuration key, for messages.
-        problems: takes remote shards without an entry, indices that cannot be read, and files of another size than their index says.
+        problems: takes remote shards without an entry, local ones that `index` lacks, indices that cannot be read, and files of another
+            size than their index says.
     """
     indices: dict[str, dict[str, Entry] | None] = {}
     found: dict[str, Entry] = {}
@@ -212,10 +218,11 @@ def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Pro
             found[url] = entry
             if not is_remote(url) and os.path.isfile(url) and entry.filesize not in (None, size := os.path.getsize(url)):
                 lines.append(f"{url}: has {size} bytes, {place} says {entry.filesize}")
-        elif is_remote(url):
+        elif is_remote(url) or index is not None:
             lines.append(f"{url}: {'has no index' if place is None else f'is not in {place}'}")
     if lines:
         cure = CURE if any(is_remote(line) for line in lines) else "Copy the shards again, or run `srcflow index` on them."
+        cure += "" if index is None else " data.index replaces the index.json beside the shards: it must name those of all splits."
         problems.add(DataError(f"{unusable(key, lines)}\n{cure}"))
     return found
 
