@@ -103,16 +103,18 @@ class BadSamples:
     Attributes:
         messages: what was said of each bad sample of the present epoch, by its global index.
         total: how many were met in all epochs.
+        spare: the last good row given, of one sample; None: none yet.
     """
 
     def __init__(self, fraction: float) -> None:
         self.fraction = fraction
         self.messages: dict[int, str] = {}
         self.total = 0
+        self.spare: dict[str, Tensor] | None = None
         self._epoch: int | None = None
 
     def mend(self, batch: Batch, bad: Bad, *, epoch: int, samples: int) -> Batch:
-        """Replace a batch's bad rows, each by the next good row of the batch.
+        """Replace a batch's bad rows, each by the next good row of the batch, or, where it has none, all by the last one given before.
 
         Args:
             batch: changed in place.
@@ -124,7 +126,7 @@ class BadSamples:
             The batch.
 
         Raises:
-            DataError: the epoch has more bad samples than it may have, or the batch has no good one; lists them.
+            DataError: the epoch has more bad samples than it may have, or there was no good one yet; lists them.
         """
         if epoch != self._epoch:
             self._epoch, self.messages = epoch, {}
@@ -138,12 +140,15 @@ class BadSamples:
                 warnings.warn(f"bad sample {len(self.messages)} of epoch {epoch}, replaced by another: {message}", stacklevel=2)
         if len(self.messages) > self.fraction * samples:
             self._stop(f"more than data.max_bad_fraction = {self.fraction:g} of this rank's {samples} samples in an epoch")
-        if len(rows) == size:
-            self._stop("a whole batch of them")
+        columns = {name: column for name, column in cast(dict[str, Any], batch).items() if isinstance(column, Tensor)}
+        if len(rows) == size and self.spare is None:
+            self._stop("with no good one before them to put in their place")
         for row in rows:
-            good = next(r % size for r in range(row + 1, row + size) if r % size not in rows)
-            for column in cast(dict[str, Any], batch).values():
-                column[row] = column[good]
+            good = next((r % size for r in range(row + 1, row + size) if r % size not in rows), None)
+            for name, column in columns.items():
+                column[row] = cast(dict[str, Tensor], self.spare)[name] if good is None else column[good]
+        if self.fraction:  # else the first bad one ends the run
+            self.spare = {name: column[size - 1].clone() for name, column in columns.items()}
         return batch
 
     def _stop(self, why: str) -> None:

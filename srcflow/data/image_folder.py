@@ -17,12 +17,15 @@ def class_names(folder: str | os.PathLike[str]) -> list[str]:
     """Sub-folders in sorted order, hidden ones left out; a class's label is its position.
 
     Raises:
-        DataError: no such folder.
+        DataError: no such folder, or it cannot be read.
     """
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder.")
-    return sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+    try:
+        return sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+    except OSError as e:
+        raise DataError(f"{root}: cannot be read: {e}.") from e
 
 
 class ImageFolderDataset(ImageDataset):
@@ -35,7 +38,8 @@ class ImageFolderDataset(ImageDataset):
         tolerant: as in `ImageSource`.
 
     Raises:
-        DataError: no such folder, no image in it, images beside the class folders, or a class folder that `classes` does not have.
+        DataError: no such folder, files or folders that cannot be read (lists them), no image in it, images beside the class folders, or
+            a class folder that `classes` does not have.
     """
 
     def __init__(
@@ -50,13 +54,21 @@ class ImageFolderDataset(ImageDataset):
                 f"this run's {len(classes)}: {', '.join(list(classes)[:5])} ..."
             )
         names, labels, sizes = [], [], []
-        for directory, folders, files in os.walk(self.folder, followlinks=True):
+        unread: list[OSError] = []
+        for directory, folders, files in os.walk(self.folder, onerror=unread.append, followlinks=True):
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             for file in files:
                 if not file.startswith(".") and file.rpartition(".")[2].lower() in EXTENSIONS:
                     path = Path(directory, file)
+                    try:
+                        sizes.append(path.stat().st_size)
+                    except OSError as e:  # a link to nothing
+                        unread.append(e)
+                        continue
                     names.append(path.relative_to(self.folder).as_posix())
-                    sizes.append(path.stat().st_size)
+        if unread:
+            shown = [str(e) for e in unread[:20]] + ([f"... and {len(unread) - 20} more"] if len(unread) > 20 else [])
+            raise DataError(f"{folder}: {len(unread)} files or folders cannot be read:\n  " + "\n  ".join(shown))
         order = sorted(range(len(names)), key=names.__getitem__)
         if not names:
             raise DataError(f"{folder}: no image in it or below it (known extensions: {', '.join(EXTENSIONS)}).")

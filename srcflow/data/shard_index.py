@@ -176,8 +176,19 @@ def members(path: str) -> list[tuple[str, int, int]]:
     """Regular files of an archive: name, offset of the data, size. The archive must be complete, and end in zeros.
 
     Raises:
-        DataError: it is not a tar file, is compressed, cut or damaged.
+        DataError: it cannot be read, is no tar file, is compressed, cut or damaged.
     """
+    try:
+        found, rest = _checked_members(path)
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e}.") from e
+    if rest < BLOCK:
+        raise DataError(f"{path}: is cut after {found[-1][0] if found else 'its start'}: the end-of-archive marker is missing.")
+    return found
+
+
+def _checked_members(path: str) -> tuple[list[tuple[str, int, int]], int]:
+    """Members of an archive, and how many zeros end it."""
     size = os.path.getsize(path)
     if size == 0:
         raise DataError(f"{path}: is empty.")
@@ -192,9 +203,7 @@ def members(path: str) -> list[tuple[str, int, int]]:
             rest += len(chunk)
             if chunk.count(0) != len(chunk):
                 raise DataError(f"{path}: damaged: data behind the end-of-archive marker at byte {end} of {size}.")
-    if rest < BLOCK:
-        raise DataError(f"{path}: is cut after {found[-1][0] if found else 'its start'}: the end-of-archive marker is missing.")
-    return found
+    return found, rest
 
 
 def _plain_members(path: str, data: mmap.mmap) -> tuple[list[tuple[str, int, int]], int]:

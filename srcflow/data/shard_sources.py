@@ -6,14 +6,16 @@ The index follows the wids convention of WebDataset: `{"wids_version": 1, "shard
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.I)
 CURE = (
     "`srcflow index` writes it where the shards are local; put it beside them under their URL, or name it in data.index (needed for pipes)."
 )
+
+
+NO_INDEX = "Name the right one in data.index, or move this one away and run `srcflow index` on the shards."
 
 
 def is_remote(url: str) -> bool:
@@ -170,9 +175,11 @@ def read_index(place: str) -> dict[str, Entry]:
     try:
         with open_shard(place) as stream:
             content = bytes(stream.read())
+        return parse_index(content, place)
+    except DataError as e:
+        raise DataError(f"{e} {NO_INDEX}") from e
     except OSError as e:
-        raise DataError(f"{place}: cannot be read: {e}.") from e
-    return parse_index(content, place)
+        raise DataError(f"{place}: cannot be read: {e}. {NO_INDEX}") from e
 
 
 def index_of(url: str) -> str | None:
@@ -183,13 +190,14 @@ def index_of(url: str) -> str | None:
 
 
 def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Problems) -> dict[str, Entry]:
-    """What indices say of shards; local ones that no index lists are left out.
+    """What indices say of shards; local ones that the index beside them does not list are left out.
 
     Args:
         urls: shards.
         index: the index of all of them; None: the one beside each, which local shards need not have.
         key: configuration key, for messages.
-        problems: takes remote shards without an entry, indices that cannot be read, and files of another size than their index says.
+        problems: takes remote shards without an entry, local ones that `index` lacks, indices that cannot be read, and files of another
+            size than their index says.
     """
     indices: dict[str, dict[str, Entry] | None] = {}
     found: dict[str, Entry] = {}
@@ -210,31 +218,50 @@ def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Pro
             found[url] = entry
             if not is_remote(url) and os.path.isfile(url) and entry.filesize not in (None, size := os.path.getsize(url)):
                 lines.append(f"{url}: has {size} bytes, {place} says {entry.filesize}")
-        elif is_remote(url):
+        elif is_remote(url) or index is not None:
             lines.append(f"{url}: {'has no index' if place is None else f'is not in {place}'}")
     if lines:
         cure = CURE if any(is_remote(line) for line in lines) else "Copy the shards again, or run `srcflow index` on them."
+        cure += "" if index is None else " data.index replaces the index.json beside the shards: it must name those of all splits."
         problems.add(DataError(f"{unusable(key, lines)}\n{cure}"))
     return found
 
 
 def write_index(folder: str | os.PathLike[str], entries: Iterable[Entry]) -> Path:
-    """Put entries into a folder's index: those of other shards stay as long as their files exist. The file is the old or the new one.
+    """Put entries into a folder's index. The file is the old or the new one; several may write at once, where folders can be locked.
+
+    Entries of other shards stay, if they are remote or as long as their files exist. A hash that was recorded before is taken anew.
 
     Raises:
         DataError: the index that is there cannot be read.
     """
     path = Path(folder, INDEX)
-    old = read_index(str(path)) if path.is_file() else {}
-    merged = {name: e for name, e in old.items() if (path.parent / name).is_file()} | {e.url: e for e in entries}
-    content = {
-        "wids_version": 1,
-        "shardlist": [{k: v for k, v in asdict(merged[name]).items() if v is not None} for name in sorted(merged)],
-    }
-    partial = path.with_name(f".{INDEX}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with _locked(path.parent):
+        old = read_index(str(path)) if path.is_file() else {}
+        merged = {name: e for name, e in old.items() if is_remote(name) or (path.parent / name).is_file()}
+        for e in entries:
+            hashed = e.sha256 is None and e.url in old and old[e.url].sha256 is not None
+            merged[e.url] = replace(e, sha256=sha256_of(path.parent / e.url)) if hashed else e
+        content = {
+            "wids_version": 1,
+            "shardlist": [{k: v for k, v in asdict(merged[name]).items() if v is not None} for name in sorted(merged)],
+        }
+        partial = path.with_name(f".{INDEX}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
     return path
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time in a folder; without effect on file systems that do not lock folders."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -37,8 +37,10 @@ def decode(data: bytes, name: str) -> Image.Image:
             return to_rgb(image)
     except DataError as e:
         raise UndecodableError(f"{name}: {e}") from e
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # all that PIL's decoders raise
-        why = "not a known image format" if isinstance(e, UnidentifiedImageError) else e
+    except MemoryError:
+        raise
+    except Exception as e:  # damaged files make PIL's decoders raise of every kind, AssertionError too
+        why = "not a known image format" if isinstance(e, UnidentifiedImageError) else str(e) or type(e).__name__
         raise UndecodableError(f"{name}: cannot be decoded: {why}. Repair or remove it; no sample is skipped in silence.") from e
 
 

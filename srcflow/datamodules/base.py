@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from srcflow.data.batches import BadSamples, as_batch, as_training_batch
 from srcflow.data.sampler import KeyedSampler
-from srcflow.data.workers import leave_signals_to_the_rank
+from srcflow.data.workers import worker_start
 from srcflow.errors import ConfigError, Problems
 from srcflow.types import Batch
 
@@ -302,5 +302,5 @@ def worker_options(num_workers: int, start_method: str | None) -> dict[str, Any]
         "num_workers": num_workers,
         "persistent_workers": True,
         "multiprocessing_context": start_method,
-        "worker_init_fn": leave_signals_to_the_rank,
+        "worker_init_fn": worker_start(),
     }

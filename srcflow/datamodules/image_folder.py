@@ -29,7 +29,7 @@ class ImageFolder(DataModule):
         flip: mirror training images with probability 1/2.
         num_workers: loader processes per rank.
         seed: key of the order, crops and flips.
-        max_bad_fraction: training images that cannot be decoded are counted, named and replaced by others of their batch; the run stops
+        max_bad_fraction: training images that cannot be decoded are counted, named and replaced by others of this rank; the run stops
             when they are more than this fraction of a rank's samples in an epoch. In evaluation there may be none.
 
     Raises:

@@ -41,19 +41,19 @@ class ImageShards(DataModule):
         streams: mode "stream": in how many places the shards are read at once, on all ranks; a divisor of batch_size x ranks, a multiple
             of the ranks, and at least ranks x workers. None: `shard_plan.default_streams`.
         shuffle_buffer: mode "stream": undecoded samples in the shuffle buffers of all streams together.
-        index: index of all shards, a file or URL; None: the `index.json` beside each.
+        index: index of all shards of all splits, a file or URL; None: the `index.json` beside each.
         crop: "centre" (ADM's), or "random" in training: a random square of the image resized to `resize`. Evaluation always uses the
             centre.
         resize: short side before the random crop (RAE: 384 for size 256); None means `size`.
         flip: mirror training images with probability 1/2.
         num_workers: loader processes per rank.
-        start_method: how these are started: "fork", "spawn" or "forkserver"; None: the platform's way.
+        start_method: how these, if there are any, are started: "fork", "spawn" or "forkserver"; None: the platform's way.
         seed: key of the order, crops and flips.
-        max_bad_fraction: training images that cannot be decoded are counted, named and replaced by others of their batch; the run stops
+        max_bad_fraction: training images that cannot be decoded are counted, named and replaced by others of this rank; the run stops
             when they are more than this fraction of a rank's samples in an epoch. In evaluation there may be none.
 
     Raises:
-        ConfigError: sizes that do not fit each other; in setup: fewer shards or streams than ranks x workers.
+        ConfigError: sizes that do not fit each other, options without effect; in setup: fewer shards or streams than ranks x workers.
         DataError: in setup: shards that are missing, empty, cut, damaged, without an index or other than it says (all are listed); in a
             loader: a shard that ends early or goes on too long, images that cannot be decoded (names them).
     """
@@ -88,6 +88,11 @@ class ImageShards(DataModule):
         for name, value in (("shuffle_buffer", shuffle_buffer), ("streams", streams)):
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}", value, "must be at least 1.")
+        if streams is not None and mode == "map":
+            raise ConfigError("data.streams", streams, "has no effect in data.mode: map.", "Remove it, or set data.mode: stream.")
+        if start_method is not None and num_workers == 0:
+            problem = "has no effect without loader processes (data.num_workers = 0)."
+            raise ConfigError("data.start_method", start_method, problem, "Remove it, or raise data.num_workers.")
         self.places: dict[Split, Shards | None] = {"train": train, "val": val, "test": test}
         self.transform = ImageTransform(size, crop, resize, flip, seed)
         self.mode, self.streams, self.shuffle_buffer, self.index, self.start_method = mode, streams, shuffle_buffer, index, start_method

@@ -25,11 +25,17 @@ T = TypeVar("T")
 def recomputed(function: Callable[..., T], *tensors: Tensor) -> T:
     """function(*tensors), of which autograd keeps the tensors alone: everything in between is computed again in the backward pass.
 
-    Values and gradients are those of the plain call, bit for bit. The function must draw no random numbers.
+    Values and gradients are those of the plain call, bit for bit. The function must draw no random numbers. Within transforms of
+    `torch.func` (jacrev, vmap, ...), which know no hooks on what autograd keeps, it is the plain call.
     """
-    if not torch.is_grad_enabled():
+    if not _graph_is_made():
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def _graph_is_made() -> bool:
+    """Whether autograd keeps anything, and lets itself be told what."""
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
 class Layer(nn.Module):
@@ -195,7 +201,7 @@ class Trunk(nn.Module, metaclass=Recorded):
         if prepared.prefix is not None:
             h = torch.cat([prepared.prefix.to(h.dtype), h], dim=1)
         for i, layer in enumerate(self.layers):
-            if self.checkpoint_every and torch.is_grad_enabled() and i % self.checkpoint_every == 0:
+            if self.checkpoint_every and _graph_is_made() and i % self.checkpoint_every == 0:
                 h = checkpoint(layer, h, prepared.rotation, prepared.temperature, self.causal, use_reentrant=False)
             else:
                 h = layer(h, prepared.rotation, prepared.temperature, self.causal)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 
 import pytest
 
 from srcflow.cli import main
-from srcflow.data.shard_sources import Entry, read_index
+from srcflow.data import shard_sources
+from srcflow.data.shard_sources import Entry, read_index, write_index
 from srcflow.errors import ConfigError, DataError, ProblemsError
 
 from ..data.made_shards import damaged, shards, write
@@ -54,3 +56,39 @@ def test_bad_shards_are_all_named_and_nothing_is_written(tmp_path: Path) -> None
         index("https://host/a.tar")
     with pytest.raises(DataError, match="no such file"):
         index(str(tmp_path / "none.tar"))
+
+
+def test_recorded_hashes_are_renewed_and_entries_of_remote_shards_stay(tmp_path: Path) -> None:
+    paths = shards(tmp_path, [4, 2])
+    far = Entry("https://host/s-009.tar", 7)
+    write_index(tmp_path, [far, Entry("gone.tar", 3)])
+    index(paths[0], "--sha256")
+    shards(tmp_path, [5, 2])
+    index(*paths)
+    known = read_index(str(tmp_path / "index.json"))
+    assert set(known) == {far.url, "s-000.tar", "s-001.tar"}
+    assert known[far.url] == far
+    assert known["s-000.tar"].sha256 == hashlib.sha256(Path(paths[0]).read_bytes()).hexdigest()
+    assert known["s-001.tar"].sha256 is None
+
+
+def test_two_that_write_an_index_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, second), inside, go_on = shards(tmp_path, [4, 2]), threading.Event(), threading.Event()
+    write_index(tmp_path, [Entry("https://host/s-009.tar", 7)])
+    plain = shard_sources.read_index
+
+    def slow(place: str) -> dict[str, Entry]:
+        entries = plain(place)
+        inside.set()
+        go_on.wait(1)
+        return entries
+
+    monkeypatch.setattr(shard_sources, "read_index", slow)
+    one = threading.Thread(target=write_index, args=(tmp_path, [Entry(Path(first).name, 4)]))
+    one.start()
+    inside.wait()
+    monkeypatch.setattr(shard_sources, "read_index", plain)
+    write_index(tmp_path, [Entry(Path(second).name, 2)])  # waits for the first
+    go_on.set()
+    one.join()
+    assert len(plain(str(tmp_path / "index.json"))) == 3

@@ -84,3 +84,12 @@ def test_fingerprint_follows_the_content(folder: Path) -> None:
     assert before == ImageFolderDataset(folder, ImageTransform(4)).fingerprint()
     (folder / "ant" / "0.png").rename(folder / "ant" / "00.png")
     assert before != ImageFolderDataset(folder, EVAL).fingerprint()
+
+
+def test_links_to_nothing_are_all_named(folder: Path) -> None:
+    inside = next(d for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith("."))
+    for name in ("lost.png", "gone.jpg"):
+        (inside / name).symlink_to("nowhere")
+    with pytest.raises(DataError, match="2 files or folders cannot be read") as error:
+        ImageFolderDataset(folder, ImageTransform(8))
+    assert all(name in str(error.value) for name in ("lost.png", "gone.jpg"))

@@ -118,3 +118,10 @@ def test_fingerprint(tmp_path: Path) -> None:
     Path(paths[0]).rename(tmp_path / "moved.tar")
     assert ShardIndex.scan([str(tmp_path / "moved.tar"), paths[1]]).fingerprint() != before
     assert np.array_equal(ShardIndex.scan([paths[1]]).starts, [0, 2])
+
+
+def test_what_the_system_does_not_read_is_listed(tmp_path: Path) -> None:
+    paths = shards(tmp_path, [2])
+    (tmp_path / "folder.tar").mkdir()
+    with pytest.raises(ProblemsError, match=r"(?s)folder\.tar: cannot be read: .*none\.tar: cannot be read: "):
+        ShardIndex.scan([*paths, str(tmp_path / "folder.tar"), str(tmp_path / "none.tar")])

@@ -85,6 +85,10 @@ def test_damaged_files_are_named() -> None:
     for bad in (data[:200], b"no image", b""):
         with pytest.raises(DataError, match=r"shard.tar: img_7.*cannot be decoded"):
             decode(bad, "shard.tar: img_7")
+    palette = as_file(Image.new("P", (4, 4)), "PNG")
+    without = palette[: palette.index(b"PLTE") - 4] + palette[palette.index(b"IDAT") - 4 :]
+    with pytest.raises(DataError, match="x: cannot be decoded: AssertionError"):
+        decode(without, "x")
     with pytest.raises(DataError, match="x: floating-point"):
         decode(as_file(Image.new("F", (3, 3)), "TIFF"), "x")
 

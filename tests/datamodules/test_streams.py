@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from srcflow.cli import main
+from srcflow.data import shard_sources
 from srcflow.data.shard_index import ShardIndex
 from srcflow.data.shard_sources import Entry, write_index
 from srcflow.datamodules.base import DataModule
@@ -132,13 +133,15 @@ def test_local_shards_with_an_index_are_not_scanned_for_streaming(place: Path, t
     assert make(place).dataset("train", training=True).fingerprint() == scanned
     piped = make(place, f"pipe:cat {place}/s-{{000..006}}.tar", index=str(place / "index.json"))
     assert epochs(piped) == expected
-    local, remote = [str(place / "s-000.tar")], [f"pipe:cat {place}/s-00{i}.tar" for i in range(1, 7)]
-    (tmp_path / "few.json").write_text((place / "index.json").read_text().replace("s-000.tar", "other.tar"))
-    mixed = ImageShards([*local, *remote], **{**MIXED, "index": str(tmp_path / "few.json")})
-    assert epochs(mixed) == expected
 
 
-MIXED: dict[str, Any] = {"size": 4, "num_classes": 10, "batch_size": 8, "flip": True, "mode": "stream", "shuffle_buffer": 12}
+def test_a_local_shard_without_an_index_beside_remote_ones_is_scanned(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(place / "s-000.tar", tmp_path)
+    remote = [f"pipe:cat {place}/s-00{i}.tar" for i in range(1, 7)]
+    beside = shard_sources.index_of
+    monkeypatch.setattr(shard_sources, "index_of", lambda url: str(place / "index.json") if url in remote else beside(url))
+    options: dict[str, Any] = {"size": 4, "num_classes": 10, "batch_size": 8, "flip": True, "mode": "stream", "shuffle_buffer": 12}
+    assert epochs(ImageShards([str(tmp_path / "s-000.tar"), *remote], **options)) == epochs(make(place))
 
 
 # --- what is wrong, before training ----------------------------------------------------------------------------------------------------
@@ -173,6 +176,26 @@ def test_remote_shards_need_an_index_and_a_stream(place: Path) -> None:
         make(place, f"pipe:cat {place}/s-000.tar", index=str(place / "index.json"), mode="map").setup("fit")
 
 
+@pytest.mark.parametrize("mode", ["map", "stream"])
+def test_a_configured_index_must_have_every_shard(mode: str, tmp_path: Path) -> None:
+    shards(tmp_path, [8, 8])
+    (tmp_path / "part.json").write_text('{"shardlist": [{"url": "s-000.tar", "nsamples": 8}]}')
+    data = make(tmp_path, "s-{000..001}.tar", mode=mode, index=str(tmp_path / "part.json"))
+    with pytest.raises(ProblemsError, match=r"s-001.tar: is not in .*part.json\n.*srcflow index.*data.index replaces"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("content", ['{"0001": "cat"}', None], ids=["unrelated", "unreadable"])
+def test_another_file_of_that_name_beside_the_shards_is_refused_with_a_way_out(content: str | None, tmp_path: Path) -> None:
+    shards(tmp_path, [8, 8])
+    place = tmp_path / "index.json"
+    place.write_bytes(b"\xff\xfe" if content is None else content.encode())
+    with pytest.raises(ProblemsError, match=r"index.json: is not an index .*Name the right one in data.index, or move this one away"):
+        make(tmp_path, "s-{000..001}.tar", mode="map").setup("fit")
+    (tmp_path / "mine.json").write_text('{"shardlist": [{"url": "s-000.tar", "nsamples": 8}, {"url": "s-001.tar", "nsamples": 8}]}')
+    make(tmp_path, "s-{000..001}.tar", mode="map", index=str(tmp_path / "mine.json")).setup("fit")
+
+
 def test_workers_and_streams_must_fit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make(place, streams=2, num_workers=2).train_dataloader(), StreamLoader)
     with pytest.raises(ConfigError, match=r"data.num_workers = 6: each rank reads 4 streams.*Lower it to 4.*possible: none"):
@@ -189,6 +212,9 @@ def test_workers_and_streams_must_fit(place: Path, monkeypatch: pytest.MonkeyPat
         make(place).loader("train", training=True, limit=3)
     for options in ({"streams": 0}, {"shuffle_buffer": 0}, {"mode": "steam"}, {"start_method": "thread"}, {"max_bad_fraction": 2.0}):
         with pytest.raises(ConfigError, match=f"data.{next(iter(options))}"):
+            make(place, **options)
+    for options in ({"streams": 4, "mode": "map"}, {"start_method": "spawn", "num_workers": 0}):
+        with pytest.raises(ConfigError, match=f"data.{next(iter(options))} = .*has no effect"):
             make(place, **options)
 
 
@@ -239,10 +265,23 @@ def test_too_many_bad_samples_stop_the_run_and_are_listed(mode: str, tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore:bad sample:UserWarning")
-def test_a_batch_without_a_good_sample_stops_the_run(tmp_path: Path) -> None:
+def test_the_run_stops_where_no_good_sample_was_met_before(tmp_path: Path) -> None:
     shards(tmp_path, [2, 2], bad=(0, 1, 2, 3))
-    with pytest.raises(DataError, match="a whole batch of them"):
+    with pytest.raises(DataError, match="with no good one before them"):
         list(make(tmp_path, "s-{000..001}.tar", batch_size=2, max_bad_fraction=1.0).train_dataloader())
+
+
+@pytest.mark.filterwarnings("ignore:bad sample:UserWarning")
+@pytest.mark.parametrize("mode", ["map", "stream"])
+def test_a_batch_of_bad_samples_alone_repeats_the_last_good_one(mode: str, tmp_path: Path) -> None:
+    shards(tmp_path, [8, 8])
+    order = [int(b["indices"]) for b in make(tmp_path, "s-{000..001}.tar", mode=mode, batch_size=1).train_dataloader()]
+    bad = tuple(order[5:7])
+    shards(tmp_path, [8, 8], bad=bad)
+    data = make(tmp_path, "s-{000..001}.tar", mode=mode, batch_size=1, max_bad_fraction=0.5)
+    batches = list(data.train_dataloader())
+    assert [int(b["indices"]) for b in batches] == order[:5] + [order[4]] * 2 + order[7:]
+    assert all((b["images"][:, 0, 0, 0] == b["indices"]).all() for b in batches)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -115,6 +115,17 @@ def test_gradients_are_exact_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda t: flow(t), x)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("every", [0, 1])
+def test_the_jacobian_can_be_taken_by_torch_func(every: int) -> None:
+    torch.manual_seed(0)
+    flow = perturb(presets.srcflow(grid=2, channels=2, width=16, layers=[1, 1], num_classes=0, head_dim=8)).double()
+    flow.set_checkpointing(every)
+    x = torch.randn(1, 4, 2, dtype=torch.float64)
+    jacobian = torch.func.jacrev(lambda t: flow(t)[0])(x)
+    assert torch.allclose(torch.linalg.slogdet(jacobian.reshape(8, 8)).logabsdet, flow(x)[1])
+
+
 @pytest.mark.parametrize("every", [0, 1])
 def test_the_score_can_be_taken_before_the_backward_pass(every: int) -> None:
     torch.manual_seed(0)
