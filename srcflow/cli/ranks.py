@@ -21,7 +21,7 @@ POLL, GRACE = 1.0, 5.0
 
 def launched() -> bool:
     """Whether this process is a rank that another srcflow process launched, and not torchrun, srun or a user."""
-    return "LOCAL_RANK" in os.environ and LAUNCHER in os.environ
+    return "LOCAL_RANK" in os.environ and os.environ.get(LAUNCHER, str(os.getpid())) != str(os.getpid())
 
 
 @contextmanager
