@@ -1,9 +1,13 @@
 """Which sample comes when, in a pass over shards that are read from front to back: a pure function of the data and the seed.
 
-In each epoch the shards are put in a new order. The sequence of their samples is cut into T equal spans, the streams; a stream may begin
-inside a shard. Each stream is shuffled through a bounded buffer. Step t of a global batch G takes the t-th G / T samples of every stream.
-So the samples of a step depend neither on the number of loader workers nor, while T stays the same, on the number of ranks, and each sample
-comes once per epoch, up to the last incomplete batch.
+In each epoch the shards are put in a new order. The sequence of their samples is cut into T equal spans, one for each stream, which leaves
+out the few samples of its span that make no complete batch: some at its start and the others at its end, drawn anew in each epoch. Each
+stream is shuffled through a bounded buffer. Step t of a global batch G takes the t-th G / T samples of every stream. So the samples of a
+step depend neither on the number of loader workers nor, while T and G stay the same, on the number of ranks, and each sample comes once per
+epoch, up to the last incomplete batch.
+
+A span may begin inside a shard, and what is before it is then read and thrown away: at most a shard per stream and epoch. If all shards
+hold equally many samples, and T divides their number, every span begins where a shard does.
 """
 
 from __future__ import annotations
@@ -112,7 +116,10 @@ class ShardPlan:
     def pieces(self, epoch: int, stream: int) -> list[Piece]:
         """What a stream reads, in reading order."""
         shards = permutation(len(self.counts), seed=self.seed, purpose="shards", step=epoch).tolist()
-        return list(pieces_between(shards, self.counts, stream * self.length, (stream + 1) * self.length))
+        total = int(self.counts.sum())
+        start, stop = stream * total // self.streams, (stream + 1) * total // self.streams
+        start += int(generator(self.seed, "span", epoch, stream).integers(0, stop - start - self.length + 1))
+        return list(pieces_between(shards, self.counts, start, start + self.length))
 
     def order(self, epoch: int, stream: int) -> Ints:
         """(length,) which of the samples that the stream reads, counted in reading order, comes when."""

@@ -178,9 +178,11 @@ def _status(stream: Any) -> str:
 def _drop(stream: Any) -> None:
     """Close a stream, and end the command behind it if it is still at work."""
     process = getattr(stream, "proc", None)
-    with suppress(OSError):
-        if process is not None and process.poll() is None:
-            process.terminate()
+    with suppress(OSError, subprocess.TimeoutExpired):
+        if process is not None:
+            stream.timeout = 5.0  # seconds; webdataset's are 7200
+            if process.poll() is None:
+                process.kill()  # loader workers ignore SIGTERM, and their commands inherit that
         stream.close()
 
 

@@ -184,8 +184,10 @@ class ImageShards(DataModule):
             self.stream_count(len(data.shards.urls), self.batch_size, world_size)
 
     def describe(self, split: Split) -> dict[str, Any]:
-        data: ImageSource = self.dataset(split, training=split == "train")
-        return {"samples": len(data), "content": data.fingerprint(), "transform": data.transform.describe()}
+        training = split == "train" and ((split, True) in self._opened or (split, False) not in self._opened)
+        data: ImageSource = self.dataset(split, training=training)  # a view that is open: the other one may be refused
+        transform = self.transform if split == "train" else self.transform.evaluation()
+        return {"samples": len(data), "content": data.fingerprint(), "transform": transform.describe()}
 
     def loader(self, split: Split, *, training: bool = False, limit: int | None = None, batch_size: int | None = None) -> Any:
         data = self.dataset(split, training=training)

@@ -56,7 +56,7 @@ class _Reader(Generic[Stream]):
 
 
 class StreamLoader(_Reader[TrainingStream]):
-    """Endless epochs of complete batches from a `TrainingStream`; each `iter` yields what is left of the present one.
+    """Endless epochs of complete batches from a `TrainingStream`; each `iter` yields what is left of the present one, which may be nothing.
 
     The position moves on with every batch that is handed out, and into the next epoch with the last one. Its state is the same on every
     rank and counts samples over all ranks; a run that goes on from it gets the very next batch, and opens only the shards that it needs.
@@ -92,7 +92,10 @@ class StreamLoader(_Reader[TrainingStream]):
 
     def __iter__(self) -> Iterator[Batch]:
         position, steps = self.sampler, len(self)  # a generator: it starts at the first batch, when the epoch is known
-        epoch, first = position.epoch, min(position.step, steps)
+        epoch, first = position.epoch, position.step
+        if first >= steps:  # nothing is left
+            position.set_epoch(epoch + 1)
+            return
         self.stream.place(epoch, first)
         items = iter(self._loader)
         for step in range(first, steps):
@@ -118,9 +121,8 @@ class StreamLoader(_Reader[TrainingStream]):
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Go to a position."""
         if state_dict:
-            epoch, step = state_dict["epoch"], state_dict["done"] // (self.batch_size * self.world_size)
-            over = step >= len(self)  # another batch size, which leaves nothing of the epoch
-            self.sampler.epoch, self.sampler.step = (epoch + 1, 0) if over else (epoch, step)
+            step = state_dict["done"] // (self.batch_size * self.world_size)
+            self.sampler.epoch, self.sampler.step = state_dict["epoch"], min(step, len(self))  # another batch size may leave nothing of it
 
 
 class EvaluationLoader(_Reader[EvaluationStream]):

@@ -70,6 +70,17 @@ def test_what_an_epoch_leaves_out_is_seen_in_others() -> None:
     assert not set.intersection(*left)
 
 
+def test_equal_shards_are_read_from_their_starts_and_nothing_is_left_out_for_ever() -> None:
+    """What is read in vain is only what the epoch leaves out: here 3 of the 19 samples of a span, and not a shard's beginning."""
+    plan = ShardPlan(np.full(8, 19), 8, 16, 4)
+    pieces = [plan.pieces(e, s) for e in range(40) for s in range(8)]
+    assert all(len(p) == 1 and p[0].first <= 3 for p in pieces)
+    assert {p[0].first for p in pieces} == {0, 1, 2, 3}
+    assert len({int(i) for e in range(40) for s in range(8) for i in plan.indices(e, s)}) == 8 * 19
+    longer = ShardPlan(np.full(8, 19), 4, 36, 4)
+    assert all(longer.pieces(e, s)[0].first <= 2 for e in range(4) for s in range(4))
+
+
 def test_pieces_of_a_sequence() -> None:
     sizes = np.array([3, 4, 2])
     assert list(pieces_between([2, 0, 1], sizes, 1, 8)) == [Piece(2, 1, 1), Piece(0, 0, 3), Piece(1, 0, 3)]

@@ -6,6 +6,7 @@ import functools
 import http.server
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,16 @@ def test_a_command_that_fails_is_an_error(tmp_path: Path) -> None:
         everything(images([f"pipe:cat {path}.gone 2>&-"], [4]))
     stream = images([f"pipe:cat {path}; sleep 60"], [4]).samples([Piece(0, 0, 2)], np.arange(2), 0)
     assert [s["index"] for s in stream] == [0, 1]  # and the command is not waited for
+
+
+def test_a_command_that_ignores_sigterm_is_not_waited_for(tmp_path: Path) -> None:
+    """Commands of a loader worker inherit the signals that it ignores."""
+    path = shards(tmp_path, [4])[0]
+    stream = images([f"pipe:trap '' TERM; cat {path}; sleep 20"], [4]).samples([Piece(0, 0, 2)], np.arange(2), 0)
+    assert next(stream)["index"] == 0
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("kind", ["cut at a header", "cut in a header", "cut in data", "zeroed header", "garbage header"])

@@ -150,10 +150,16 @@ def test_a_position_can_be_taken_back(kind: str, place: Path) -> None:
         assert back == [{"epoch": epoch, "done": done * SIZE} for done in range(before, -1, -1)]
 
 
-def test_a_position_behind_the_end_of_another_batch_size_is_the_next_epoch(place: Path) -> None:
+def test_behind_the_end_of_another_batch_size_the_epoch_has_nothing_left(place: Path) -> None:
     loader = make("stream", place, batch_size=11).train_dataloader()
-    loader.load_state_dict({"epoch": 1, "done": 22})
+    straight = [content(b) for _ in range(3) for b in loader]
+    loader.load_state_dict({"epoch": 1, "done": 33})
+    assert loader.state_dict() == {"epoch": 1, "done": 22}
+    loader.sampler.set_epoch(1)  # as Lightning does before each epoch
+    assert list(loader) == []
+    loader.sampler.set_epoch(2)
     assert loader.state_dict() == {"epoch": 2, "done": 0}
+    assert [content(b) for b in loader] == straight[4:]
 
 
 class Recorder(L.LightningModule):

@@ -292,3 +292,11 @@ def test_a_shard_that_changes_is_named_by_the_loader(workers: int, tmp_path: Pat
     shards(tmp_path, [6, 6, 5], name="other")
     shutil.copy(tmp_path / "other-002.tar", paths[2])
     assert "s-002.tar: gave 5 samples, its index says 6" in str(error_of(loader))
+
+
+def test_a_fingerprint_needs_no_other_view_than_the_one_in_use(place: Path) -> None:
+    options: dict[str, Any] = {"index": str(place / "index.json")}
+    data = make(place, f"pipe:cat {place}/s-{{000..006}}.tar", mode="map", **options)
+    data.dataset("train")
+    piped = make(place, f"pipe:cat {place}/s-{{000..006}}.tar", **options)
+    assert data.describe("train") == piped.describe("train")
