@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -85,8 +84,19 @@ def resolve(patterns: str | Sequence[str]) -> tuple[list[str], list[str]]:
             found += matches
     if not given:
         lines.append("the list is empty")
-    lines += [f"{p}: named twice" for p, count in Counter(found).items() if count > 1]
-    return found, lines
+    return found, lines + _doubled(found)
+
+
+def _doubled(found: Sequence[str]) -> list[str]:
+    """A line for every shard that is named twice, under one name or under two of the same file."""
+    first: dict[str, str] = {}
+    lines: dict[str, None] = {}
+    for path in found:
+        whole = path if is_remote(path) else os.path.realpath(path)
+        if whole in first:
+            lines[f"{path}: named twice" + (f", also as {first[whole]}" if first[whole] != path else "")] = None
+        first.setdefault(whole, path)
+    return list(lines)
 
 
 def expand(patterns: str | Sequence[str], key: str) -> list[str]:
@@ -201,6 +211,7 @@ def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Pro
     """
     indices: dict[str, dict[str, Entry] | None] = {}
     found: dict[str, Entry] = {}
+    taken: dict[tuple[str | None, str], str] = {}
     lines: list[str] = []
     for url in urls:
         place = index or index_of(url)
@@ -216,6 +227,8 @@ def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Pro
         entry = known.get(url) or known.get(file_name(url))
         if entry is not None:
             found[url] = entry
+            if (other := taken.setdefault((place, entry.url), url)) != url:
+                lines.append(f"{url}: {place} has one entry, {entry.url}, for it and for {other}")
             if not is_remote(url) and os.path.isfile(url) and entry.filesize not in (None, size := os.path.getsize(url)):
                 lines.append(f"{url}: has {size} bytes, {place} says {entry.filesize}")
         elif is_remote(url) or index is not None:

@@ -95,3 +95,18 @@ def test_everything_that_an_index_has_against_shards_is_collected(tmp_path: Path
 
     with pytest.raises(DataError, match=r"s-002.tar: holds 1 samples, its index says 2"):
         ShardIndex.scan(local, {local[2]: 2, local[0]: 2})
+
+
+def test_one_shard_under_two_names_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the same file, or as one entry of an index that goes by file names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s-0.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 of the shards .*\n  \./s-0\.tar: named twice, also as s-0\.tar"):
+        expand(["s-0.tar", "./s-0.tar"], "data.train")
+    with pytest.raises(DataError, match=r"1 of the shards .*\n  s-0\.tar: named twice$"):
+        expand(["s-0.tar", "s-0.tar", "s-0.tar"], "data.train")
+    write_index(tmp_path, [Entry("s-0.tar", 3, 0)])
+    problems = Problems()
+    find_entries(["https://host/a/s-0.tar", "https://host/b/s-0.tar"], str(tmp_path / "index.json"), "data.train", problems)
+    with pytest.raises(DataError, match=r"b/s-0\.tar: .*index\.json has one entry, s-0\.tar, for it and for https://host/a/s-0\.tar"):
+        problems.raise_if_any()
