@@ -89,7 +89,7 @@ class RunTrainer(L.Trainer):
         result = super()._run_stage()
         task = self.lightning_module
         wanted = task.artifact if isinstance(task, Task) and self.state.fn == "fit" and not self.fast_dev_run else None  # type: ignore[attr-defined]
-        if wanted is not None and self.strategy.broadcast(artifact.steps_of(wanted)) != self.global_step:
+        if wanted is not None and self.global_step > 0 and self.strategy.broadcast(artifact.steps_of(wanted)) != self.global_step:
             task = cast(Task, task)
             if task.ema is not None:
                 task.ema.on_train_start(self, task)  # weights and average as they were at the end

@@ -262,6 +262,9 @@ def test_a_run_stopped_before_its_artifact_still_writes_it(command: list[str], t
     for name in ("model", "raw"):
         a, b = (load_file(root / "model" / f"{name}.safetensors") for root in (tmp_path, tmp_path / "straight"))
         assert same(a, b)
+    place = tmp_path / "untrained"
+    main([*command, f"--trainer.default_root_dir={place}", f"--model.artifact={place}/model", "--trainer.limit_train_batches=0"])
+    assert not (place / "model").exists()
     before = (tmp_path / "model/model.safetensors").stat().st_mtime_ns
     main([*command, "--ckpt_path", "last"])
     assert (tmp_path / "model/model.safetensors").stat().st_mtime_ns == before
