@@ -118,7 +118,7 @@ def test_a_death_while_files_are_written_leaves_a_whole_last(moment: int, tmp_pa
     original = getattr(checkpoint_files, place)
 
     def dying(*args: Any) -> Any:
-        if place == "remove" and "step-" not in args[0].name:
+        if place == "remove" and not args[0].name.startswith("step-"):
             return original(*args)
         raise Told
 
