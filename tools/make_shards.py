@@ -25,16 +25,9 @@ import webdataset as wds
 from PIL import Image
 from tqdm import tqdm
 
+from srcflow.artifacts import file_hash
+
 EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, as hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_shards(samples: Iterable[dict[str, Any]], out: Path, prefix: str, per_shard: int) -> list[dict[str, Any]]:
@@ -47,7 +40,7 @@ def write_shards(samples: Iterable[dict[str, Any]], out: Path, prefix: str, per_
 
     def close(writer: wds.TarWriter, path: Path, count: int) -> None:
         writer.close()
-        shards.append({"file": path.name, "samples": count, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
+        shards.append({"file": path.name, "samples": count, "bytes": path.stat().st_size, "sha256": file_hash(path)})
 
     writer, path, count = None, out, 0
     for sample in samples:
@@ -67,7 +60,7 @@ def write_shards(samples: Iterable[dict[str, Any]], out: Path, prefix: str, per_
 
 def verified(out: Path, shards: list[dict[str, Any]]) -> bool:
     """Whether every listed shard is there with the recorded content."""
-    return all((out / s["file"]).is_file() and sha256_of(out / s["file"]) == s["sha256"] for s in shards)
+    return all((out / s["file"]).is_file() and file_hash(out / s["file"]) == s["sha256"] for s in shards)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -51,10 +51,11 @@ def run(config: Namespace) -> int:
 
 
 def _entry(path: str, sha256: bool) -> Entry:
+    from srcflow.artifacts import file_hash
     from srcflow.data.shard_index import scan_shard
-    from srcflow.data.shard_sources import Entry, file_name, sha256_of
+    from srcflow.data.shard_sources import Entry, file_name
 
-    return Entry(file_name(path), len(scan_shard(path)), Path(path).stat().st_size, sha256_of(path) if sha256 else None)
+    return Entry(file_name(path), len(scan_shard(path)), Path(path).stat().st_size, file_hash(Path(path)) if sha256 else None)
 
 
 def _compare(folders: dict[Path, list[Entry]], problems: Problems) -> None:

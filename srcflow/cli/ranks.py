@@ -62,13 +62,13 @@ def lost(processes: Sequence[subprocess.Popen[Any]], patience: float = 2.0) -> L
         patience: seconds to wait for the first that has gone; an error in a collective may come before the end of its process is known.
     """
     end = time.monotonic() + patience
-    launcher = os.environ.get(LAUNCHER)
+    launcher = os.environ.get(LAUNCHER) if launched() else None
     while time.monotonic() < end:
         for rank, process in enumerate(processes, 1):
             if status := process.poll():
                 how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
                 return LostRankError(f"rank {rank} (process {process.pid}) {how}, so the others cannot go on.", 75 if status == 75 else 1)
-        if not processes and ("LOCAL_RANK" not in os.environ or launcher is None):
+        if not processes and launcher is None:
             return None
         if not processes and launcher != str(os.getppid()):
             return LostRankError(f"process {launcher}, local rank 0, has gone, so rank {os.environ['LOCAL_RANK']} cannot go on.")

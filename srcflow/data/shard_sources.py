@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 from webdataset.gopen import gopen, gopen_schemes
 
+from srcflow.artifacts import file_hash
 from srcflow.data.images import hash_of
 from srcflow.data.shard_index import ShardIndex
 from srcflow.data.strings import StringTable
@@ -33,8 +33,6 @@ SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.I)
 CURE = (
     "`srcflow index` writes it where the shards are local; put it beside them under their URL, or name it in data.index (needed for pipes)."
 )
-
-
 NO_INDEX = "Name the right one in data.index, or move this one away and run `srcflow index` on the shards."
 
 
@@ -254,7 +252,7 @@ def write_index(folder: str | os.PathLike[str], entries: Iterable[Entry]) -> Pat
         merged = {name: e for name, e in old.items() if is_remote(name) or (path.parent / name).is_file()}
         for e in entries:
             hashed = e.sha256 is None and e.url in old and old[e.url].sha256 is not None
-            merged[e.url] = replace(e, sha256=sha256_of(path.parent / e.url)) if hashed else e
+            merged[e.url] = replace(e, sha256=file_hash(path.parent / e.url)) if hashed else e
         content = {
             "wids_version": 1,
             "shardlist": [{k: v for k, v in asdict(merged[name]).items() if v is not None} for name in sorted(merged)],
@@ -275,15 +273,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(place)
-
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file, as hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- what a split is -------------------------------------------------------------------------------------------------------------------

@@ -209,6 +209,8 @@ def test_nobody_is_blamed_without_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ranks.lost([]) is None  # torchrun launched it
     with ranks.company():
         assert not ranks.launched()
+    monkeypatch.setenv(ranks.LAUNCHER, str(os.getpid()))  # the launcher of a node with one rank, whose peers are elsewhere
+    assert ranks.lost([]) is None
 
 
 def test_a_launcher_is_known_inside_a_command_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,9 @@ from srcflow.callbacks.ema import EMA
 from srcflow.tasks.flow_evaluation import Evaluation
 
 
-def shared() -> Any:
-    """The data and the task of test_flow.py."""
-    spec = importlib.util.spec_from_file_location("flow_test", Path(__file__).with_name("test_flow.py"))
-    if spec is None or spec.loader is None:
-        raise ImportError("test_flow.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main(mode: str, root: Path) -> None:
-    parts = shared()
+    import test_flow as parts  # beside this file
+
     if not (root / "codec").exists():
         artifacts.save(root / "codec", PixelPatches(12, 6))
     evaluation = Evaluation(samples=24, extractor=parts.Means(), classified=20, baseline_batches=0)

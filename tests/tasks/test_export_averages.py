@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,19 +16,10 @@ from srcflow.cli import main
 from srcflow.errors import CheckpointError, ConfigError
 from srcflow.tasks import artifact
 
-
-def shared() -> Any:
-    """The data and the task of test_flow.py."""
-    spec = importlib.util.spec_from_file_location("flow_test", Path(__file__).with_name("test_flow.py"))
-    if spec is None or spec.loader is None:
-        raise ImportError("test_flow.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from . import test_flow as parts
 
 
 def test_an_average_of_a_checkpoint_is_its_snapshots(tmp_path: Path) -> None:
-    parts = shared()
     codec = str(artifacts.save(tmp_path / "codec", PixelPatches(12, 6)))
     run = parts.trainer(tmp_path, steps=6, callbacks=[EMA([0.9, 0.5], warmup=False, snapshot_every=3)], limit_val_batches=0)
     run.fit(parts.make(codec), parts.SquaresData())

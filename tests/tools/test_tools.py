@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from srcflow.artifacts import file_hash
 from srcflow.data.image_shards import ImageShardsDataset
 from srcflow.data.shard_index import ShardIndex
-from srcflow.data.shard_sources import expand, read_index, sha256_of
+from srcflow.data.shard_sources import expand, read_index
 from srcflow.data.transforms import ImageTransform
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -131,7 +132,7 @@ def test_make_shards(tools: tuple[ModuleType, ModuleType], folder: Path, tmp_pat
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["ant", "bee"]
     index = read_index(str(tmp_path / "out" / "index.json"))
     assert [e.nsamples for e in index.values()] == [3, 3, 2]
-    assert all(e.sha256 == sha256_of(tmp_path / "out" / e.url) for e in index.values())
+    assert all(e.sha256 == file_hash(tmp_path / "out" / e.url) for e in index.values())
     data = ImageShardsDataset(ShardIndex.scan(expand(f"{tmp_path}/out/train-{{000000..000002}}.tar", "x")), ImageTransform(8), 2)
     found = sorted(data.read(i) for i in range(8))
     assert found == sorted((p.read_bytes(), int(p.parent.name == "bee")) for p in folder.rglob("*.png"))
