@@ -5,35 +5,47 @@
     raw.safetensors      the weights without averaging (optional)
     manifest.json        versions, hashes, the data's fingerprint, what it was built on
 
-No pickles. This module knows nothing of what the artifacts mean.
+No pickles, and no foreign code: only modules of srcflow and of distributions that register parts for it are imported (`srcflow.trust`).
+This module knows nothing of what the artifacts mean.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import srcflow
-from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError
-from srcflow.registry import build, spec_of
+from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, SrcflowError
+from srcflow.files import (
+    AGAIN,
+    check_format,
+    check_tensors,
+    check_writable,
+    file_hash,
+    plain,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
+from srcflow.registry import FAMILIES, build, spec_of
+from srcflow.trust import foreign
 
+__all__ = ["AGAIN", "check_format", "check_writable", "file_hash", "read_json", "read_tensors", "write_tensors"]
 M = TypeVar("M", bound=nn.Module)
 
 CONFIG, MODEL, RAW, MANIFEST = "config.json", "model.safetensors", "raw.safetensors", "manifest.json"
 FORMAT = 1
+GROUPS = tuple(f"srcflow.{family}" for family in FAMILIES)
 
 
 def save(
@@ -55,92 +67,76 @@ def save(
         The directory.
 
     Raises:
-        ArtifactError: `path` exists and is not an artifact.
+        ArtifactError: `path` exists and is not an artifact, or the disk is full; what was there before stays.
+        ConfigError: nothing can be written there.
     """
     target = check_target(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    (work / CONFIG).write_text(json.dumps(spec_of(module), indent=1) + "\n")
-    save_file(_plain(module.state_dict()), str(work / MODEL))
-    if raw is not None:
-        save_file(_plain(raw), str(work / RAW))
-    facts = {
-        "format": FORMAT,
-        "class": type(module).__name__,
-        "srcflow": srcflow.__version__,
-        "revision": revision(),
-        "torch": str(torch.__version__),
-        **(manifest or {}),
-        "hash": content_hash(work),
-    }
-    (work / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(old)
-    work.rename(target)
+    spec = spec_of(module)
+    work, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        (work / CONFIG).write_text(json.dumps(spec, indent=1) + "\n")
+        save_file(plain(module.state_dict()), str(work / MODEL))
+        if raw is not None:
+            save_file(plain(raw), str(work / RAW))
+        facts = {
+            "format": FORMAT,
+            "class": type(module).__name__,
+            "srcflow": srcflow.__version__,
+            "revision": revision(),
+            "torch": str(torch.__version__),
+            **(manifest or {}),
+            "hash": content_hash(work),
+            "files": {file.name: file_hash(file) for file in sorted(work.iterdir())},
+        }
+        (work / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
+        if target.exists():
+            target.rename(old)
+        try:
+            work.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    except (OSError, SafetensorError) as e:
+        reason = (e.strerror if isinstance(e, OSError) else None) or e
+        cure = "Make room or name another place; `srcflow export` writes a stage's directory from its checkpoint."
+        raise ArtifactError(f"{target} could not be written: {reason}. {cure}") from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
+def check_target(path: str | os.PathLike[str], key: str = "path") -> Path:
     """Refuse a place that `save` would refuse, before a run has spent its time; returns the directory.
+
+    Args:
+        path: the directory.
+        key: the option that names it, for the message.
 
     Raises:
         ArtifactError: `path` exists and is not an artifact.
+        ConfigError: nothing can be written there (see `check_writable`).
     """
     target = Path(path)
-    if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
-        raise ArtifactError(f"{target} exists and is not an artifact; name another directory, or move it away.")
+    if _exists(target) and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
+        raise ArtifactError(f"{key} = {str(target)!r} exists and is not an artifact; name another directory, or move it away.")
+    check_writable(target, key, directory=True)
+    if target.exists():  # it is replaced as a whole
+        if target.is_mount():
+            raise ConfigError(key, str(target), "is where a file system is mounted, which cannot be replaced.", "Name a directory in it.")
+        check_writable(target.absolute().parent, key, directory=True)
     return target
 
 
-def check_writable(path: str | os.PathLike[str], key: str, *, directory: bool) -> None:
-    """Try a target before the work whose result it gets; afterwards everything is as it was.
-
-    A file is made and removed in the directory, or in the nearest parent that there is.
-
-    Args:
-        path: the file or directory to be written.
-        key: the option that names it, for the message.
-        directory: whether `path` becomes a directory; otherwise it becomes a file.
-
-    Raises:
-        ConfigError: the wrong kind of thing is there, a parent is a file, or nothing can be written (rights, read-only or full disk).
-    """
-    cure = "Name another place."
+def _exists(path: Path) -> bool:
     try:
-        place = Path(path).absolute()
-        there = place.exists()
-        if there and place.is_dir() != directory:
-            kinds = "a file, and a directory" if directory else "a directory, and a file"
-            raise ConfigError(key, str(path), f"is {kinds} is to be written there.", cure)
-        if there and not directory:
-            if place.is_file():  # not a device or a pipe, which opening could block or disturb
-                place.open("ab").close()
-            return
-        while not there:
-            if place.is_symlink():
-                raise ConfigError(key, str(path), f"{place} is a link to {os.readlink(place)}, which does not exist.", cure)
-            with suppress(FileNotFoundError, NotADirectoryError):
-                os.lstat(place)  # says what `exists` keeps to itself: rights, or a name that is too long
-            place = place.parent
-            there = place.exists()
-        if not place.is_dir():
-            raise ConfigError(key, str(path), f"cannot be written, since {place} is not a directory.", cure)
-        handle, probe = tempfile.mkstemp(prefix=".srcflow-", suffix=".probe", dir=place)
-        try:
-            with open(handle, "wb") as f:
-                f.write(bytes(4096))  # a full disk may take the name, but not the content
-        finally:
-            os.unlink(probe)
-    except OSError as e:
-        raise ConfigError(key, str(path), f"cannot be written: {e.strerror or e}.", cure) from e
-    except ValueError as e:
-        if isinstance(e, ConfigError):
-            raise
-        raise ConfigError(key, str(path), f"cannot be written: {e}.", cure) from e
+        return path.exists()
+    except (OSError, ValueError):  # `check_writable` says what is wrong with it
+        return False
 
 
 def load(path: str | os.PathLike[str], base: type[M], *, weights: Literal["model", "raw"] = "model") -> M:
@@ -152,17 +148,108 @@ def load(path: str | os.PathLike[str], base: type[M], *, weights: Literal["model
         weights: "model" (averaged where there is an average) or "raw".
 
     Raises:
-        ArtifactError: the directory is missing, incomplete or damaged, or keys or shapes do not fit.
+        ArtifactError: the directory is missing, incomplete, damaged or not what its manifest records, it names code that is not imported
+            for it, or keys or shapes do not fit.
     """
-    root = check(path)
-    module = build(json.loads((root / CONFIG).read_text()), base, key=str(root / CONFIG))
-    state = read_tensors(root / MODEL)
-    if weights == "raw":
-        if not (root / RAW).exists():
-            raise ArtifactError(f"{root} holds no raw weights; use weights: model.")
-        state.update(read_tensors(root / RAW))
+    root = Path(path)
+    spec = read_spec(root)
+    state = read_weights(root, weights=weights)
+    module = build_spec(spec, base, root / CONFIG)
     load_state(widened(module, state), state, what=str(root))
     return module.eval()
+
+
+def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The specification of an artifact's module, whose class paths may all be imported; imports none of them.
+
+    Raises:
+        ArtifactError: the directory is incomplete or damaged, or config.json names a module that is neither srcflow's nor of a distribution
+            that registers parts for it.
+    """
+    return read_spec_file(check(path) / CONFIG)
+
+
+def read_spec_file(file: Path) -> dict[str, Any]:
+    """As `read_spec`, of a config.json by itself.
+
+    Raises:
+        ArtifactError: as `read_spec`.
+    """
+    spec = read_json(file)
+    if "class_path" not in spec or set(spec) - {"class_path", "init_args"} or not isinstance(spec.get("init_args") or {}, dict):
+        raise ArtifactError(f"{file} is damaged: it has the keys {sorted(spec)} for class_path and init_args. {AGAIN}")
+    if found := foreign(spec, GROUPS):
+        where, name = found
+        raise ArtifactError(
+            f"{file}: {f'{where}.' if where else ''}class_path = {name!r} is not imported. Opening a directory runs only code of srcflow "
+            "and of distributions that register parts for it, since a file may come from anybody. If the class is yours, register it as an "
+            "entry point of your distribution (docs/howto/own-encoder.md), or import its module in your program first."
+        )
+    return spec
+
+
+def build_spec(spec: Mapping[str, Any], base: type[M], file: Path) -> M:
+    """Build the module that `read_spec` described.
+
+    Args:
+        spec: the specification.
+        base: the family's base class that it must be.
+        file: where it comes from, for messages.
+
+    Raises:
+        ArtifactError: it cannot be built, or is not a `base`.
+    """
+    try:
+        return build(dict(spec), base, key=str(file))
+    except SrcflowError as e:
+        raise ArtifactError(str(e) if str(file) in str(e) else f"{file}: {e}") from e
+    except Exception as e:  # a constructor may raise anything for values it never gets from a configuration that was checked
+        raise ArtifactError(f"{file}: {spec['class_path']} cannot be built from it ({type(e).__name__}: {e}). {AGAIN}") from e
+
+
+def read_weights(path: str | os.PathLike[str], *, weights: Literal["model", "raw"] = "model") -> dict[str, Tensor]:
+    """The state dict of an artifact's module, on the CPU, after comparing its files with the hashes that its manifest records.
+
+    Args:
+        path: the directory.
+        weights: "model" or "raw", as `load`.
+
+    Raises:
+        ArtifactError: the directory is missing, incomplete, damaged or not what its manifest records.
+    """
+    root = verify(path, raw=weights == "raw")
+    state = read_tensors(root / MODEL)
+    if weights == "raw":
+        state.update(read_tensors(root / RAW))
+    return state
+
+
+def verify(path: str | os.PathLike[str], *, raw: bool = False) -> Path:
+    """Compare an artifact's files with the hashes that its manifest records; returns the directory.
+
+    Args:
+        path: the directory.
+        raw: also the weights without averaging (whose hash older artifacts do not record).
+
+    Raises:
+        ArtifactError: it is incomplete, a file is damaged or was changed; names it.
+    """
+    root = check(path)
+    manifest = read_manifest(root)
+    if raw and not (root / RAW).exists():
+        raise ArtifactError(f"{root} holds no raw weights; use weights: model.")
+    check_tensors(root / MODEL)
+    files = manifest.get("files") or {}
+    changed = []
+    if content_hash(root) != manifest["hash"]:
+        changed = [f for f in (CONFIG, MODEL) if f in files and file_hash(root / f) != files[f]] or [f"{CONFIG} or {MODEL}"]
+    if raw and RAW in files and file_hash(root / RAW) != files[RAW]:
+        changed.append(RAW)
+    if changed:
+        raise ArtifactError(
+            f"{', '.join(str(root / f) for f in changed)} is not what {MANIFEST} records: damaged, or changed after it was written. {AGAIN}"
+        )
+    return root
 
 
 def widened(module: M, state: Mapping[str, Tensor]) -> M:
@@ -193,24 +280,6 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> 
     module.load_state_dict(dict(state))
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU.
-
-    Raises:
-        ArtifactError: the file is damaged.
-    """
-    try:
-        with safe_open(str(file), framework="pt", device="cpu") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  # safe_open is no mapping
-    except (SafetensorError, OSError) as e:
-        raise ArtifactError(f"{file} cannot be read: {e}.") from e
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors of any device and layout to a safetensors file."""
-    save_file(_plain(tensors), str(file))
-
-
 def check(path: str | os.PathLike[str]) -> Path:
     """The directory as a Path, if it is a complete artifact.
 
@@ -229,23 +298,29 @@ def check(path: str | os.PathLike[str]) -> Path:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of an artifact."""
-    return dict(json.loads((check(path) / MANIFEST).read_text()))
+    """The manifest of an artifact.
+
+    Raises:
+        ArtifactError: the directory is incomplete, the manifest damaged or of an unknown format.
+    """
+    file = check(path) / MANIFEST
+    manifest = read_json(file)
+    check_format(file, manifest.get("format"), FORMAT, "artifact")
+    kinds: dict[str, type] = {"class": str, "hash": str, "built_on": dict, "files": dict, "converted_from": dict}
+    wrong = [k for k, kind in kinds.items() if not isinstance(manifest.get(k, None if k in ("class", "hash") else {}), kind)]
+    wrong += [f"built_on.{r}" for r, b in manifest.get("built_on", {}).items() if not _is_reference(b)] if "built_on" not in wrong else []
+    if wrong:
+        raise ArtifactError(f"{file} is damaged: {', '.join(wrong)} missing or of the wrong kind. {AGAIN}")
+    return manifest
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(k), str) for k in ("path", "hash"))
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 over the configuration and the weights of an artifact, read from the files."""
     return file_hash(Path(path) / CONFIG, Path(path) / MODEL)
-
-
-def file_hash(*files: Path) -> str:
-    """SHA-256 over the bytes of files, one after another."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as f:
-            while chunk := f.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def reference(path: str | os.PathLike[str], *, start: str | os.PathLike[str]) -> dict[str, str]:
@@ -262,7 +337,7 @@ def built_on(path: str | os.PathLike[str], role: str, override: str | os.PathLik
         override: where to look instead of the recorded place (after a move).
 
     Raises:
-        ArtifactError: nothing is recorded or found there.
+        ArtifactError: nothing is recorded or found there, or it is damaged.
         ManifestMismatchError: what is there is not what `path` was built on.
     """
     recorded = read_manifest(path).get("built_on", {}).get(role)
@@ -273,6 +348,8 @@ def built_on(path: str | os.PathLike[str], role: str, override: str | os.PathLik
         raise ArtifactError(f"{path} was built on the {role} at {place}, which does not exist. Name its new place ({role}: DIRECTORY).")
     found = content_hash(check(place))
     if found != recorded["hash"]:
+        if read_manifest(place)["hash"] == recorded["hash"]:
+            verify(place)  # the right one, but damaged: says which file is
         raise ManifestMismatchError(
             f"{role} {place}",
             {"hash": (recorded["hash"], found)},
@@ -294,16 +371,3 @@ def revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+changes" if dirty.strip() else "")
-
-
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU that share no memory, which safetensors refuses; copied only where they have to be."""
-    plain: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for name, tensor in state.items():
-        t = tensor.detach().to("cpu").contiguous()
-        if t.numel() and t.untyped_storage().data_ptr() in taken:
-            t = t.clone()
-        taken.add(t.untyped_storage().data_ptr())
-        plain[name] = t
-    return plain

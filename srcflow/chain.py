@@ -114,15 +114,19 @@ def locate(
         compressor: where the compressor is now, likewise.
 
     Raises:
-        ArtifactError: a directory is missing or incomplete.
+        ArtifactError: a directory is missing, incomplete or damaged.
         ManifestMismatchError: a part is not what the others were built on.
     """
     root = Path(path)
+    if (root / artifacts.MANIFEST).is_file():
+        artifacts.read_json(root / artifacts.MANIFEST)  # a damaged one says so, whatever the directory was
     if is_bundle(root):
-        recorded = json.loads((root / artifacts.MANIFEST).read_text())["parts"]
+        recorded = _recorded_parts(root)
         for role, wanted in recorded.items():
             found = artifacts.content_hash(artifacts.check(root / role))
             if found != wanted:
+                if artifacts.read_manifest(root / role)["hash"] == wanted:
+                    artifacts.verify(root / role)  # the right part, but damaged: says which file is
                 raise ManifestMismatchError(
                     f"{root / role}", {"hash": (wanted, found)}, "The directory was changed or damaged after it was written."
                 )
@@ -146,33 +150,74 @@ def save_bundle(path: str | os.PathLike[str], parts: Mapping[str, nn.Module]) ->
     Raises:
         ArtifactError: the directory exists and is not a bundle.
     """
-    target = Path(path)
-    if target.exists() and any(target.iterdir()) and not is_bundle(target):
-        raise ArtifactError(f"{target} exists and is not a pipeline; name another directory.")
+    target = check_bundle_target(path)
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    hashes = {}
-    for role, part in parts.items():
-        artifacts.save(work / role, part)
-        hashes[role] = artifacts.content_hash(work / role)
-    manifest = {
-        "format": artifacts.FORMAT,
-        "kind": BUNDLE,
-        "srcflow": srcflow.__version__,
-        "revision": artifacts.revision(),
-        "parts": hashes,
-    }
-    (work / artifacts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    if target.exists():
-        shutil.rmtree(target)
-    work.rename(target)
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        hashes = {}
+        for role, part in parts.items():
+            artifacts.save(work / role, part)
+            hashes[role] = artifacts.content_hash(work / role)
+        manifest = {
+            "format": artifacts.FORMAT,
+            "kind": BUNDLE,
+            "srcflow": srcflow.__version__,
+            "revision": artifacts.revision(),
+            "parts": hashes,
+        }
+        (work / artifacts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        work.rename(target)
+    except OSError as e:
+        raise ArtifactError(f"{target} could not be written: {e.strerror or e}. Make room, or name another place.") from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def check_bundle_target(path: str | os.PathLike[str], key: str = "path") -> Path:
+    """Refuse a place that `save_bundle` would refuse, before its parts are loaded; returns the directory.
+
+    Args:
+        path: the directory.
+        key: the option that names it, for the message.
+
+    Raises:
+        ArtifactError: the directory exists and is not a bundle.
+        ConfigError: nothing can be written there.
+    """
+    target = Path(path)
+    artifacts.check_writable(target, key, directory=True)
+    if target.exists() and any(target.iterdir()) and not is_bundle(target):
+        raise ArtifactError(f"{key} = {str(target)!r} exists and is not a pipeline; name another directory.")
+    artifacts.check_writable(target.absolute().parent, key, directory=True)
+    return target
+
+
+def _recorded_parts(root: Path) -> dict[str, str]:
+    """Role -> hash, as a bundle's manifest has them.
+
+    Raises:
+        ArtifactError: the manifest is of an unknown format, or damaged.
+    """
+    file = root / artifacts.MANIFEST
+    manifest = artifacts.read_json(file)
+    artifacts.check_format(file, manifest.get("format"), artifacts.FORMAT, "pipeline")
+    parts = manifest.get("parts")
+    if (
+        not isinstance(parts, dict)
+        or not {"autoencoder"} <= set(parts) <= set(PARTS)
+        or not all(isinstance(h, str) for h in parts.values())
+    ):
+        raise ArtifactError(f"{file} is damaged: its parts are {parts!r}. {artifacts.AGAIN}")
+    return parts
 
 
 def is_bundle(root: Path) -> bool:
     """Whether a directory holds all parts of a chain, as `save_bundle` writes it."""
     try:
-        return bool(json.loads((root / artifacts.MANIFEST).read_text()).get("kind") == BUNDLE)
-    except (OSError, ValueError):
+        return bool(artifacts.read_json(root / artifacts.MANIFEST).get("kind") == BUNDLE)
+    except ArtifactError:
         return False

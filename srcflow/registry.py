@@ -125,10 +125,14 @@ def build(spec: Spec | str, base: type[T], *, key: str = "") -> T:
     key = key or base.__name__
     if isinstance(spec, str):
         spec = {"class_path": spec}
+    if not isinstance(spec, Mapping):
+        raise ConfigError(key, spec, "a specification has the keys class_path and init_args.")
     unknown = set(spec) - {"class_path", "init_args"}
     if "class_path" not in spec or unknown:
         cure = f"Remove {sorted(unknown)}." if unknown else ""
         raise ConfigError(key, spec, "a specification has the keys class_path and init_args.", cure)
+    if not isinstance(spec.get("init_args") or {}, Mapping):
+        raise ConfigError(f"{key}.init_args", spec["init_args"], "arguments are a mapping of names to values.")
     target = resolve(str(spec["class_path"]), base, key=key)
     init = {k: _built(v, f"{key}.{k}") for k, v in (spec.get("init_args") or {}).items()}
     try:

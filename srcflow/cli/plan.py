@@ -188,7 +188,6 @@ class Earlier:
 
         from srcflow import artifacts
         from srcflow.chain import locate
-        from srcflow.registry import build
 
         try:
             found = locate(place)
@@ -196,9 +195,9 @@ class Earlier:
             found = {}
         directory = found.get(role) or found.get("autoencoder")
         if directory is not None:
-            spec = json.loads((Path(directory) / artifacts.CONFIG).read_text(encoding="utf-8"))
+            spec = artifacts.read_spec(directory)
             with torch.device("meta"):
-                return build(spec, nn.Module, key=str(directory))
+                return artifacts.build_spec(spec, nn.Module, Path(directory) / artifacts.CONFIG)
         return task_on_meta(self._writers[place]).made if place in self._writers else None
 
     def autoencoder_of(self, place: str) -> str | None:

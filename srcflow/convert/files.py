@@ -96,7 +96,7 @@ def convert_file(
     with problems.collect():  # before the file, which may be large, is read
         check_names(function, config)
     with problems.collect():
-        artifacts.check_target(out)
+        artifacts.check_target(out, "out")
     problems.raise_if_any()
     module: nn.Module
     if kind == "rae_diffusers":
@@ -134,7 +134,7 @@ def save(
         facts: where it comes from; recorded in the manifest under `converted_from`.
         codec: a flow's autoencoder: a module, which is written into the directory's subfolder `autoencoder`, or where one already is.
     """
-    target = artifacts.check_target(out)
+    target = artifacts.check_target(out, "out")
     manifest: dict[str, Any] = {"converted_from": dict(facts)}
     if codec is None:
         return artifacts.save(target, module, manifest=manifest)
@@ -276,6 +276,7 @@ def export_file(
     if role not in places:
         raise ArtifactError(f"{pipeline} holds no {role}, which --format {form} writes; it holds {', '.join(places)}.")
     folder = Path(out)
+    artifacts.check_writable(folder, "out", directory=True)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder} exists and is not empty; name another folder.")
     kind: Literal["model", "raw"] = "raw" if weights == "raw" else "model"

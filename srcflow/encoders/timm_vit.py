@@ -18,7 +18,6 @@ from srcflow import artifacts
 from srcflow.encoders.base import Encoder
 from srcflow.errors import ConfigError, ShapeError, SrcflowError, UnknownNameError
 from srcflow.nn.patchify import pair
-from srcflow.registry import build
 from srcflow.types import Grid
 
 _HEADS = ("norm.", "fc_norm.", "head.", "head_dist.", "head_drop.", "attn_pool.")
@@ -161,23 +160,26 @@ class TimmViT(Encoder):
         """The weights in timm's layout, and the grid of their position table if it is known; takes mean and std from an artifact."""
         path = Path(weights)
         if path.is_dir():
+            if (path / artifacts.MANIFEST).is_file():
+                artifacts.verify(path)
             path /= artifacts.MODEL
         state = read_safetensors(str(path), "encoder.weights")
         if not all(k in ("mean", "std") or k.startswith("model.") for k in state):
             return state, None
         config, grid = path.with_name(artifacts.CONFIG), None
         if config.is_file():
-            grid = self._checked(weights, json.loads(config.read_text()))
+            grid = self._checked(weights, config)
         for name in ("mean", "std"):
             if name in state:
                 getattr(self, name).copy_(state.pop(name))
         return {k.removeprefix("model."): v for k, v in state.items()}, grid
 
-    def _checked(self, weights: str, spec: dict[str, Any]) -> Grid:
+    def _checked(self, weights: str, config: Path) -> Grid:
         """The grid of the encoder that an artifact holds, if that has the settings of this one that its weights do not show."""
         try:
+            spec = artifacts.read_spec_file(config)
             with torch.device("meta"):
-                source = build(spec, Encoder)
+                source = artifacts.build_spec(spec, Encoder, config)
         except SrcflowError as e:
             raise ConfigError("encoder.weights", weights, f"is no artifact of an encoder: {e}") from e
         if not isinstance(source, TimmViT):

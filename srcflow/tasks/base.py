@@ -135,7 +135,7 @@ class Task(L.LightningModule):
 
     def _check_artifact(self, artifact: Path) -> None:
         """Refuse a place that `artifact.write` would refuse at the end: something else is there, or this run writes into it."""
-        artifacts.check_target(artifact)
+        artifacts.check_target(artifact, "model.artifact")
         folders = [lo.log_dir for lo in self.trainer.loggers] + [getattr(c, "dirpath", None) for c in cast(Any, self.trainer).callbacks]
         for inside in (f for f in folders if f is not None and Path(f).resolve().is_relative_to(artifact.resolve())):
             raise ConfigError("artifact", str(artifact), f"the run writes {inside} into it.", "Name a directory of its own.")

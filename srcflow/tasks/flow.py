@@ -186,7 +186,7 @@ class FlowTask(Task):
         places = locate(directory)
         if "flow" not in places:
             raise ArtifactError(f"model.initial = {directory!r} holds no flow.")
-        artifacts.load_state(self.flow, artifacts.read_tensors(places["flow"] / artifacts.MODEL), what=f"model.initial = {directory!r}")
+        artifacts.load_state(self.flow, artifacts.read_weights(places["flow"]), what=f"model.initial = {directory!r}")
         self.initial = None  # setup is called again for another loop
 
     @property
