@@ -85,6 +85,10 @@ class ManifestMismatchError(ArtifactError):
         super().__init__(f"{what} does not belong to this run:\n" + "\n".join(lines) + (f"\n{cure}" if cure else ""))
 
 
+class RunningError(SrcflowError):
+    """A start in the directory of a run that another process is at."""
+
+
 class CheckpointError(SrcflowError):
     """A checkpoint that cannot be written or read; says what to go on from."""
 

@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ import srcflow
 from srcflow import artifacts
 from srcflow.callbacks import checkpoint_files
 from srcflow.callbacks.checkpoints import Checkpoints
-from srcflow.cli import ranks
+from srcflow.cli import ranks, run_lock
 from srcflow.errors import ArtifactError, ManifestMismatchError, SrcflowError
 from srcflow.tasks import artifact
 from srcflow.tasks.base import Task
@@ -77,12 +78,29 @@ class RunTrainer(L.Trainer):
             datamodule: the data.
             ckpt_path: checkpoint to go on from, or "last" for the newest of this run, if there is one.
             change_config: let this start differ from the earlier ones in trainer.default_root_dir; the difference is recorded there.
+
+        Raises:
+            RunningError: another start in trainer.default_root_dir still runs.
+            ConfigError: nothing can be written there.
         """
+        with self._locked():
+            self._fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    def _locked(self) -> AbstractContextManager[None]:
+        """The lock of a configured run directory; ranks of one run share it, so only the first takes it."""
+        record = next((c for c in cast(Any, self).callbacks if isinstance(c, RunRecord)), None)
+        folder = record.config.get("trainer.default_root_dir") if record is not None else None
+        if folder is None or not self.is_global_zero:
+            return nullcontext()
+        artifacts.check_writable(folder, "trainer.default_root_dir", directory=True)
+        return run_lock.held(Path(folder))
+
+    def _fit(self, model: L.LightningModule, train: Any, val: Any, datamodule: L.LightningDataModule | None, ckpt_path: str | None) -> None:
         ours = [c for c in self.checkpoint_callbacks if isinstance(c, Checkpoints)]
         if ckpt_path == "last" and len(ours) == len(self.checkpoint_callbacks) and not any(c.last(self) for c in ours):
             rank_zero_info(f"--ckpt_path last: no checkpoint in {', '.join(str(c.folder(self)) for c in ours)} yet; this is a fresh start.")
             ckpt_path = None
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only=True)
+        super().fit(model, train, val, datamodule, ckpt_path, weights_only=True)
 
     def _run_stage(self) -> Any:
         """As Lightning; a run that was stopped between its last step and its artifact, and has no step left, still writes that."""
@@ -282,10 +300,11 @@ def read(path: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ArtifactError(f"{path} cannot be read: {e}. Move it away to start without a history.") from e
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no record of format {FORMAT}. Move it away to start without a history.")
+        found = f"it has format {record['format']!r}" if isinstance(record, dict) and "format" in record else "it holds something else"
+        raise ArtifactError(f"{path} is no record of format {FORMAT}: {found}. Move it away to start without a history.")
     return record
 
 
