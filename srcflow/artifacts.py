@@ -265,6 +265,13 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> 
     Raises:
         ArtifactError: lists every key that does not fit.
     """
+    if lines := misfits(module, state):
+        raise ArtifactError(f"{what}: the weights do not fit {type(module).__name__}:\n  " + "\n  ".join(lines))
+    module.load_state_dict(dict(state))
+
+
+def misfits(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """What of a state dict does not fit a module: missing, unknown and misshaped keys; parts with optional tensors make room for them."""
     for prefix, part in module.named_modules():
         prepare = getattr(part, "prepare_state", None)
         if prepare is not None:  # a part whose optional tensors are in the file makes room for them
@@ -275,9 +282,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> 
     lines += [
         f"{k}: shape {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape
     ]
-    if lines:
-        raise ArtifactError(f"{what}: the weights do not fit {type(module).__name__}:\n  " + "\n  ".join(lines))
-    module.load_state_dict(dict(state))
+    return lines
 
 
 def check(path: str | os.PathLike[str]) -> Path:

@@ -93,6 +93,10 @@ class CheckpointError(SrcflowError):
     """A checkpoint that cannot be written or read; says what to go on from."""
 
 
+class ForeignCheckpointError(CheckpointError, ArtifactError):
+    """A checkpoint, or another file, that does not belong to the configured task."""
+
+
 class StoppedError(SrcflowError):
     """A run that ended because a signal asked it to; no fault of anybody.
 

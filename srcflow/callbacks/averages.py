@@ -85,8 +85,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
         return CheckpointFiles().load_checkpoint(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as f:
-            facts = json.loads((f.metadata() or {}).get("facts", "{}"))
+            facts = dict(json.loads((f.metadata() or {}).get("facts", "{}")))
             state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  # safe_open is no mapping
-    except (SafetensorError, OSError) as e:
+    except Exception as e:  # a damaged header can raise anything
         raise ArtifactError(f"{path} cannot be read: {e}.") from e
     return {"state_dict": state, **facts}

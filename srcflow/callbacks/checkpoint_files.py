@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import zipfile
 from contextlib import suppress
@@ -22,7 +21,6 @@ PARTIAL = ".partial"
 ASIDE = ".aside"
 META, SHARDS = "meta.pt", ".metadata"
 """Of a directory of shards: Lightning's file of what is not sharded, and torch's list of what is."""
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError, KeyError, ValueError)
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -76,8 +74,8 @@ class CheckpointFiles(TorchCheckpointIO):
             raise refusal(Path(path), "is damaged: a checksum is wrong")
         try:
             return super().load_checkpoint(path, map_location, weights_only=True)
-        except UNREADABLE as e:
-            raise refusal(Path(path), f"cannot be read ({_first_line(e)})") from e
+        except Exception as e:  # a damaged or foreign pickle can raise anything
+            raise refusal(Path(path), f"cannot be read ({first_line(e)})") from e
 
 
 class _Watched:
@@ -209,10 +207,20 @@ def check(path: str | os.PathLike[str]) -> None:
         CheckpointError: names the newest whole one beside it.
     """
     place = Path(path)
-    if not place.exists():
+    try:
+        there = place.exists()
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{place} cannot be read ({first_line(e)}).") from e
+    if not there:
         raise refusal(place, "does not exist")
+    if place.is_file() and place.suffix == ".safetensors":
+        cure = f"`srcflow export --config FILE --ckpt_path {place}` makes a stage's directory of it"
+        raise CheckpointError(f"ckpt_path = {str(path)!r} holds weights alone, as the EMA callback's snapshots do; {cure}.")
+    if place.is_dir() and not (place / META).exists() and not (place / SHARDS).exists():
+        raise refusal(place, "is not a whole checkpoint: it is a directory without the files of one")
     if not whole(place, content=False):
-        raise refusal(place, "is not a whole checkpoint: it was cut off, or it is something else")
+        empty = place.is_file() and place.stat().st_size == 0
+        raise refusal(place, f"is not a whole checkpoint: {'it is empty' if empty else 'it was cut off, or it is something else'}")
 
 
 def refusal(place: Path, problem: str) -> CheckpointError:
@@ -223,5 +231,6 @@ def refusal(place: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"{place}{target} {problem}. {cure}.")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

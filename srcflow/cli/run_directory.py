@@ -26,7 +26,7 @@ from srcflow.callbacks import checkpoint_files
 from srcflow.callbacks.checkpoints import Checkpoints
 from srcflow.cli import ranks, run_lock
 from srcflow.errors import ArtifactError, ManifestMismatchError, SrcflowError
-from srcflow.tasks import artifact
+from srcflow.tasks import artifact, checkpoint
 from srcflow.tasks.base import Task
 
 FILE, FORMAT = "run.json", 1
@@ -101,6 +101,12 @@ class RunTrainer(L.Trainer):
             rank_zero_info(f"--ckpt_path last: no checkpoint in {', '.join(str(c.folder(self)) for c in ours)} yet; this is a fresh start.")
             ckpt_path = None
         super().fit(model, train, val, datamodule, ckpt_path, weights_only=True)
+
+    def _run(self, model: L.LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        """As Lightning, for all four commands; a checkpoint of something else is refused before data and artifacts are opened."""
+        if isinstance(model, Task) and ckpt_path is not None and "://" not in str(ckpt_path):
+            checkpoint.check(model, Path(ckpt_path), fitting=self.state.fn == "fit")
+        return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
     def _run_stage(self) -> Any:
         """As Lightning; a run that was stopped between its last step and its artifact, and has no step left, still writes that."""

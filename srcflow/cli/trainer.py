@@ -12,6 +12,7 @@ from srcflow.callbacks import checkpoint_files
 from srcflow.cli import TRAINER_COMMANDS, load_parts
 from srcflow.cli.parser import Parser
 from srcflow.cli.run_directory import RunRecord, RunTrainer
+from srcflow.errors import ConfigError
 from srcflow.tasks.base import Task
 from srcflow.tasks.strategies import check_name
 
@@ -29,7 +30,10 @@ def run_trainer() -> None:
         def _parse_ckpt_path(self) -> None:
             """Lightning reads all of the file for hyperparameters, of which tasks store none; see only whether it is one."""
             path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
-            if path is not None and path not in ("last", "best", "hpc") and "://" not in path:
+            if path == "best":
+                why = "a start knows no best checkpoint; only a fit in the same process would."
+                raise ConfigError("ckpt_path", path, why, "Name the file that your ModelCheckpoint wrote, or write last for the newest.")
+            if path is not None and path not in ("last", "hpc") and "://" not in path:
                 checkpoint_files.check(path)
 
         def before_instantiate_classes(self) -> None:

@@ -15,14 +15,13 @@ from torch.distributed.tensor import DTensor
 from srcflow import artifacts
 from srcflow.callbacks.averages import choose, read_weights
 from srcflow.callbacks.ema import RAW_STATE, full, trained
-from srcflow.errors import ArtifactError
+from srcflow.errors import ArtifactError, ForeignCheckpointError
 from srcflow.registry import build, spec_of
+from srcflow.tasks.checkpoint import FACTS as FACTS
+from srcflow.tasks.checkpoint import refuse_foreign
 
 if TYPE_CHECKING:
     from srcflow.tasks.base import Task
-
-FACTS = "srcflow"
-"""Key of a checkpoint under which the task notes what an artifact's manifest needs."""
 
 
 def write(task: Task, path: str) -> Path:
@@ -61,15 +60,18 @@ def export(task: Task, checkpoint: str, path: str, *, ema: float | None = None) 
         ema: decay of the average to take, of several; None: the first.
 
     Raises:
-        ArtifactError: the file is no checkpoint of this task, or its weights do not fit the configured modules.
+        ForeignCheckpointError: the file is no checkpoint of this task, or its weights do not fit the configured modules.
         CheckpointError: the file is damaged.
-        ConfigError: it has no such average.
+        ArtifactError: something else is at `path`.
+        ConfigError: it has no such average, or nothing can be written at `path`.
     """
+    artifacts.check_target(path, "out")
     content = read_weights(checkpoint)
+    refuse_foreign(task, content, checkpoint)
     facts = content.get(FACTS)
-    if facts is None or facts["task"] != type(task).__name__:
-        other = f", but of {facts['task']}" if facts else ""
-        raise ArtifactError(f"{checkpoint} is not a checkpoint of {type(task).__name__}{other}.")
+    if not isinstance(facts, Mapping) or facts.get("task") != type(task).__name__ or not isinstance(facts.get("built_on"), Mapping):
+        other = f", but of {facts['task']}" if isinstance(facts, Mapping) and "task" in facts else ""
+        raise ForeignCheckpointError(f"ckpt_path = {checkpoint!r} is not a checkpoint of {type(task).__name__}{other}.")
     state = choose(content, ema, what=checkpoint)
     artifacts.load_state(artifacts.widened(task, state), state, what=checkpoint)
     raw = content.get(RAW_STATE)

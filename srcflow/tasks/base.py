@@ -29,7 +29,7 @@ from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ConfigError, ManifestMismatchError, Problems
 from srcflow.registry import spec_of
 from srcflow.tasks import artifact, dump, examination, resume, strategies
-from srcflow.tasks.artifact import FACTS
+from srcflow.tasks.checkpoint import FACTS, refuse_foreign
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.report import table, write_metrics
 from srcflow.types import Batch, Grid
@@ -353,8 +353,11 @@ class Task(L.LightningModule):
 
         Raises:
             ConfigError: training would go on from averaged weights because the EMA callback is missing.
+            ForeignCheckpointError: it is of another task, or of another size.
             ManifestMismatchError: the checkpoint was built on other artifacts.
         """
+        if checkpoint.get("state_dict") and not examination.is_sharded(self):  # which has loaded the state by now
+            refuse_foreign(self, checkpoint, getattr(self._trainer, "ckpt_path", None) or "the checkpoint")
         self._evaluated = "ema" if RAW_STATE in checkpoint else "raw"
         fitting = self._trainer is not None and self._trainer.state.fn == "fit"
         if fitting and RAW_STATE in checkpoint and self.ema is None:
