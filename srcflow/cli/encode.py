@@ -45,7 +45,7 @@ def run(config: Namespace) -> int:
 
     import srcflow
     from srcflow.data.encode import encode_images
-    from srcflow.data.feature_store import FeatureStoreWriter
+    from srcflow.data.feature_store import FeatureStoreWriter, check_target
     from srcflow.data.manifest import weights_hash
     from srcflow.registry import spec_of
 
@@ -58,6 +58,8 @@ def run(config: Namespace) -> int:
         source = data.dataset(config.split)
         if not hasattr(source, "transform"):
             raise ConfigError("data", type(data).__name__, "holds features already.", "Known: ImageFolder, ImageShards.")
+    with problems.collect():
+        check_target(config.out, "out")
     problems.raise_if_any()
 
     encoder.setup()

@@ -65,8 +65,10 @@ def run(config: Namespace) -> int:
             files = export_file(config.format, config.pipeline, config.out, weights=config.weights, in_channels=config.in_channels)
             print(f"Wrote {', '.join(str(f) for f in files)}.")
             return 0
+        from srcflow.chain import check_bundle_target
         from srcflow.pipeline import Pipeline
 
+        check_bundle_target(config.out, "out")
         pipeline = Pipeline.from_pretrained(
             config.pipeline, weights=config.weights, autoencoder=config.autoencoder, compressor=config.compressor
         )
@@ -79,8 +81,15 @@ def run(config: Namespace) -> int:
     for key in ("config", "ckpt_path"):
         if config[key] is None:
             problems.add(ConfigError(key, None, "is missing.", "Give --config and --ckpt_path for a stage, or --pipeline for a bundle."))
+        elif Path(config[key]).is_dir():
+            shards = " To export a sharded checkpoint, go on from it with save_distributed_checkpoint: false, which writes one file."
+            problems.add(ArtifactError(f"{key} = {config[key]!r} is a directory; a file is needed.{shards if key == 'ckpt_path' else ''}"))
         elif not Path(config[key]).is_file():
             problems.add(ArtifactError(f"{key} = {config[key]!r}: there is no such file."))
+    from srcflow import artifacts
+
+    with problems.collect():
+        artifacts.check_target(config.out, "out")
     problems.raise_if_any()
     from srcflow.tasks import artifact
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from srcflow.encoders.dinov2 import DINOv2
 from srcflow.encoders.mae import MAE
 from srcflow.encoders.siglip2 import SigLIP2
 from srcflow.errors import ArtifactError, ConfigError, Problems, ShapeError, UnknownNameError
+from srcflow.files import read_json
 
 CLASS, VERSION = "AutoencoderRAE", "0.42.1"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -213,12 +214,9 @@ def _config(root: Path) -> dict[str, Any]:
     file = root / CONFIG
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such file. Name the folder of the autoencoder itself, with its {CONFIG} and {WEIGHTS}.")
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as e:
-        raise ArtifactError(f"{file} cannot be read: {e}.") from e
-    if not isinstance(found, Mapping) or found.get("_class_name") != CLASS:
-        name = found.get("_class_name") if isinstance(found, Mapping) else None
+    found = read_json(file, "Copy it again from where it came from.")
+    if found.get("_class_name") != CLASS:
+        name = found.get("_class_name")
         raise ArtifactError(f"{file}: describes {name}, not an {CLASS}." if name else f"{file}: has no _class_name; expected {CLASS}.")
     problems = Problems()
     config = {**FIELDS, **{k: v for k, v in found.items() if not k.startswith("_")}}
@@ -228,10 +226,10 @@ def _config(root: Path) -> dict[str, Any]:
     for name in whole:
         if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
             problems.add(ConfigError(name, config[name], "must be a positive integer."))
-    if config["encoder_type"] not in TRAINED_AT:
+    if not isinstance(config["encoder_type"], str) or config["encoder_type"] not in TRAINED_AT:
         problems.add(UnknownNameError("encoder_type", str(config["encoder_type"]), TRAINED_AT, paths=False))
     factor = config["scaling_factor"]
-    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < math.inf:
         problems.add(ConfigError("scaling_factor", factor, "latents are multiplied by a positive number."))
     if not problems.found:
         side, rest = divmod(config["encoder_input_size"], config["encoder_patch_size"])

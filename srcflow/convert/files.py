@@ -193,7 +193,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ArtifactError(f"config = {path!s}: there is no such file.")
     try:
         content = parsed(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as e:
         raise ArtifactError(f"{file} is neither JSON nor YAML: {e}.") from e
     if isinstance(content, dict) and isinstance(content.get("arguments"), list):
         if not all(isinstance(entry, dict) for entry in content["arguments"]):
@@ -214,7 +214,7 @@ def parsed(text: str) -> Any:
     """
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return yaml.safe_load(text)
 
 

@@ -7,7 +7,6 @@ it one way, `load` the other, and both refuse what the rules do not cover.
 from __future__ import annotations
 
 import fnmatch
-import json
 import pickle
 import re
 import zipfile
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srcflow.artifacts import read_tensors
 from srcflow.errors import ArtifactError, WeightsError
+from srcflow.files import read_json, read_tensors
 
 Tensors = tuple[Tensor, ...]
 WRAPPERS = ("ema", "model_ema", "ema_model", "model", "state_dict", "module", "net")
@@ -154,8 +153,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such file.")
     if file.name.endswith(".safetensors.index.json"):
-        names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-        return unwrap({k: v for name in names for k, v in read_tensors(file.with_name(name)).items()}, what=str(file))
+        return unwrap({k: v for name in _parts(file) for k, v in read_tensors(file.with_name(name)).items()}, what=str(file))
     if file.suffix == ".safetensors":
         return unwrap(read_tensors(file), what=str(file))
     try:
@@ -165,9 +163,21 @@ def read(path: str | Path) -> dict[str, Tensor]:
             why = f"it holds a {found[1]}, and reading that would run code from the file"
             raise ArtifactError(f"{file} was not read: {why}. Save the bare state dict, best as safetensors.") from e
         raise ArtifactError(f"{file} cannot be read: it is no file of torch's, or damaged.") from e
-    except (RuntimeError, EOFError, OSError, ValueError) as e:
+    except Exception as e:  # a damaged pickle can raise anything
         raise ArtifactError(f"{file} cannot be read: {e}.") from e
     return unwrap(content, what=str(file))
+
+
+def _parts(index: Path) -> list[str]:
+    """The files that an index names, which stand beside it."""
+    cure = "Copy the index and its files again from where they came from."
+    where = read_json(index, cure).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(v, str) and Path(v).name == v for v in where.values()):
+        raise ArtifactError(f"{index} is damaged: its weight_map does not map tensors to files beside it. {cure}")
+    names = sorted(set(where.values()))
+    if missing := [name for name in names if not index.with_name(name).is_file()]:
+        raise ArtifactError(f"{index} names {_listed(missing)}, which {'is' if len(missing) == 1 else 'are'} not beside it. {cure}")
+    return names
 
 
 def unwrap(content: Any, *, what: str) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ M = n, or 2n where each image was also stored mirrored: row i + n is the mirror 
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,10 +29,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from srcflow.data.manifest import DTYPES, Manifest, is_store
+from srcflow.data.manifest import AGAIN, DTYPES, Manifest, is_store
 from srcflow.data.sampler import Draw
 from srcflow.data.strings import StringTable
 from srcflow.errors import ArtifactError, ConfigError, DataError, ShapeError
+from srcflow.files import check_writable
 from srcflow.types import NULL_LABEL, Batch
 
 _STORED: dict[str, Any] = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
@@ -53,7 +56,8 @@ class FeatureStoreWriter:
 
     Raises:
         ArtifactError: `path` exists.
-        ConfigError: an unknown dtype, or nothing to write.
+        ConfigError: an unknown dtype, nothing to write, or nothing can be written at `path`.
+        DataError: the disk has no room for the store.
         ShapeError: the grid does not have N tokens.
     """
 
@@ -77,26 +81,35 @@ class FeatureStoreWriter:
         self.manifest = Manifest(count=n, flip=flip, tokens=tokens, dim=dim, dtype=dtype, image_size=image_size, **manifest)
         if self.manifest.grid[0] * self.manifest.grid[1] != tokens:
             raise ShapeError(f"grid = {self.manifest.grid} does not have tokens = {tokens}")
-        if self.path.exists():
-            raise ArtifactError(
-                f"{self.path} exists{' and is a feature store' if is_store(self.path) else ''}. Remove it, or name another folder."
-            )
+        check_target(self.path)
         self.partial = self.path.with_name(self.path.name + ".partial")
         shutil.rmtree(self.partial, ignore_errors=True)  # left over from a run that was killed
         self.partial.mkdir(parents=True)
         rows = self.manifest.rows
-        self._features = self._array("features", _STORED[dtype], (rows, tokens, dim))
-        self._images = self._array("images", np.uint8, (rows, 3, *image_size))
-        self._labels = self._array("labels", np.int64, (rows,))
-        self._flipped = self._array("flipped", np.bool_, (rows,))
+        try:
+            self._features = self._array("features", _STORED[dtype], (rows, tokens, dim))
+            self._images = self._array("images", np.uint8, (rows, 3, *image_size))
+            self._labels = self._array("labels", np.int64, (rows,))
+            self._flipped = self._array("flipped", np.bool_, (rows,))
+        except BaseException:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise
         self._keys: list[str | None] = [None] * n
         self._written = np.zeros(rows, np.bool_)
 
     def _array(self, name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        """An array on the disk whose whole room is taken at once: a page that finds none later would kill the process (SIGBUS)."""
+        file = self.partial / f"{name}.npy"
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         try:
-            return np.lib.format.open_memmap(self.partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-        except OSError as e:
-            raise DataError(f"{self.partial}: no room for {name} {shape}: {e}.") from e
+            if size > shutil.disk_usage(self.partial).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+            _reserve(file)
+        except (OSError, ValueError, OverflowError) as e:
+            cure = "Make room, name a folder on another disk, or store less: --dtype float16, no --flip, --limit."
+            raise DataError(f"{self.path}: no room for {name} {shape}, {size / 2**30:.3g} GiB: {e}. {cure}") from e
+        return array
 
     def write(
         self, indices: Tensor, features: Tensor, images: Tensor, labels: Tensor, keys: Sequence[str], *, mirrored: bool = False
@@ -158,10 +171,13 @@ class FeatureStoreWriter:
             if isinstance(array, np.memmap):
                 array.flush()
         keys = StringTable.of(k or "" for k in self._keys)
-        np.save(self.partial / "keys.npy", keys.blob)
-        np.save(self.partial / "key_offsets.npy", keys.offsets)
-        self.manifest.save(self.partial)
-        os.replace(self.partial, self.path)
+        try:
+            np.save(self.partial / "keys.npy", keys.blob)
+            np.save(self.partial / "key_offsets.npy", keys.offsets)
+            self.manifest.save(self.partial)
+            os.replace(self.partial, self.path)
+        except OSError as e:
+            raise DataError(f"{self.path} could not be finished: {e.strerror or e}. Make room, and encode again.") from e
         return self.path
 
     def __enter__(self) -> FeatureStoreWriter:
@@ -173,6 +189,33 @@ class FeatureStoreWriter:
                 self.close()
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def check_target(path: str | os.PathLike[str], key: str = "path") -> None:
+    """Refuse a place where no store can be written, before anything is encoded.
+
+    Args:
+        path: the store's folder.
+        key: the option that names it, for the message.
+
+    Raises:
+        ArtifactError: it exists.
+        ConfigError: nothing can be written there.
+    """
+    check_writable(Path(path).with_name(Path(path).name + ".partial"), key, directory=True)
+    if os.path.lexists(path):
+        raise ArtifactError(f"{path} exists{' and is a feature store' if is_store(path) else ''}. Remove it, or name another folder.")
+
+
+def _reserve(file: Path) -> None:
+    """Take a file's room on the disk, where the file system can be asked for it."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("rb+") as f:
+            try:
+                os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+            except OSError as e:
+                if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise
 
 
 class FeatureStoreDataset(Dataset[Batch]):
@@ -191,28 +234,43 @@ class FeatureStoreDataset(Dataset[Batch]):
         self.path, self.with_images = Path(path), with_images
         self.manifest = m = Manifest.load(self.path)
         self._length = m.count if originals_only else m.rows
-        shapes = {"features": (m.rows, m.tokens, m.dim), "images": (m.rows, 3, *m.image_size), "labels": (m.rows,), "flipped": (m.rows,)}
+        wanted: dict[str, tuple[tuple[int, ...] | None, Any]] = {
+            "features": ((m.rows, m.tokens, m.dim), _STORED[m.dtype]),
+            "images": ((m.rows, 3, *m.image_size), np.uint8),
+            "labels": ((m.rows,), np.int64),
+            "flipped": ((m.rows,), np.bool_),
+            "keys": (None, np.uint8),
+            "key_offsets": ((m.count + 1,), np.int64),
+        }
         self._arrays: dict[str, NDArray[Any]] = {}
-        for name, shape in shapes.items():
+        for name, (shape, dtype) in wanted.items():
             array = self._open(name)
-            if array.shape != shape:
-                raise ArtifactError(f"{self.path / name}.npy: shape {array.shape}, its manifest says {shape}. Encode again.")
+            if array.shape != (shape or (array.size,)):
+                raise ArtifactError(f"{self.path / name}.npy: shape {array.shape}, its manifest says {shape or 'a row'}. {AGAIN}")
+            if array.dtype != dtype:
+                raise ArtifactError(f"{self.path / name}.npy: dtype {array.dtype}, it should be {np.dtype(dtype)}. {AGAIN}")
         self.labels: NDArray[np.int64] = np.array(self._open("labels"))
         self.flipped: NDArray[np.bool_] = np.array(self._open("flipped"))
         self.keys = StringTable(self._open("keys"), np.array(self._open("key_offsets")))
-        if self._open("features").dtype != _STORED[m.dtype] or len(self.keys) != m.count:
-            raise ArtifactError(f"{self.path}: dtype or number of keys disagree with its manifest. Encode again.")
+        ends = self.keys.offsets
+        if ends[0] != 0 or ends[-1] != len(self.keys.blob) or bool((np.diff(ends) < 0).any()):
+            raise ArtifactError(f"{self.path}/key_offsets.npy is damaged: it does not divide keys.npy. {AGAIN}")
 
     def _open(self, name: str) -> NDArray[Any]:
         """The array, mapped once in each process."""
         if name not in self._arrays:
+            file = self.path / f"{name}.npy"
             try:
-                self._arrays[name] = np.asarray(np.load(self.path / f"{name}.npy", mmap_mode="r"))
-            except (OSError, ValueError, EOFError) as e:
-                if name in ("keys",) and self.manifest.count and (self.path / f"{name}.npy").is_file():
-                    self._arrays[name] = np.load(self.path / f"{name}.npy")  # an empty file cannot be mapped
-                else:
-                    raise ArtifactError(f"{self.path / name}.npy cannot be read: {e}. Encode again.") from e
+                try:
+                    array = np.lib.format.open_memmap(file, mode="r")
+                except ValueError:
+                    if name != "keys":
+                        raise
+                    with file.open("rb") as f:  # keys that are all empty cannot be mapped
+                        array = np.lib.format.read_array(f, allow_pickle=False)
+            except Exception as e:  # a damaged header can raise anything
+                raise ArtifactError(f"{file} cannot be read: {e or type(e).__name__}. {AGAIN}") from e
+            self._arrays[name] = np.asarray(array)
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:

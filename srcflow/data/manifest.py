@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,43 @@ import torch
 from torch import nn
 
 from srcflow.errors import ArtifactError, ManifestMismatchError
+from srcflow.files import read_json
 
 VERSION = 1
 FILE = "manifest.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+AGAIN = "Encode again with `srcflow encode`."
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**48
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_whole, value))
+
+
+def _mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "count": _whole,
+    "flip": lambda v: isinstance(v, bool),
+    "tokens": _whole,
+    "dim": _whole,
+    "grid": _pair,
+    "dtype": lambda v: isinstance(v, str) and v in DTYPES,
+    "image_size": _pair,
+    "encoder": _mapping,
+    "transform": _mapping,
+    "source": _mapping,
+    "precision": lambda v: isinstance(v, str),
+    "versions": _mapping,
+}
+"""What each field of a stored manifest has to be."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +106,24 @@ class Manifest:
         """Read manifest.json.
 
         Raises:
-            ArtifactError: there is none, or it is of another version.
+            ArtifactError: there is none, it is of another version, or damaged.
         """
         path = folder / FILE
-        try:
-            stored = json.loads(path.read_text())
-        except FileNotFoundError as e:
+        if not path.exists():
             partial = folder.with_name(folder.name + ".partial")
             hint = f" {partial} is an unfinished one." if partial.exists() else ""
-            raise ArtifactError(f"{folder} is not a feature store: no {FILE} in it.{hint} `srcflow encode` writes one.") from e
-        except (OSError, ValueError) as e:
-            raise ArtifactError(f"{path} cannot be read: {e}.") from e
+            raise ArtifactError(f"{folder} is not a feature store: no {FILE} in it.{hint} `srcflow encode` writes one.")
+        stored = read_json(path, AGAIN)
+        version = stored.get("version")
+        if isinstance(version, bool) or version != VERSION:
+            raise ArtifactError(f"{path}: layout version {version!r}; this srcflow reads version {VERSION}. {AGAIN}")
         names = {f.name for f in fields(cls)}
-        if not isinstance(stored, dict) or stored.get("version") != VERSION or set(stored) != names:
-            version = stored.get("version") if isinstance(stored, dict) else None
-            raise ArtifactError(
-                f"{path}: layout version {version!r}; this srcflow reads version {VERSION}. Encode again with `srcflow encode`."
-            )
+        wrong = sorted(names ^ set(stored)) or [k for k, fits in _FITS.items() if not fits(stored[k])]
+        if not wrong and math.prod(stored["grid"]) != stored["tokens"]:
+            wrong = ["grid", "tokens"]
+        if wrong:
+            given = ", ".join(f"{k} = {stored[k]!r}" if k in stored else f"{k} is missing" for k in wrong[:4])
+            raise ArtifactError(f"{path} is damaged: {given}. {AGAIN}")
         return cls(**{**stored, "grid": tuple(stored["grid"]), "image_size": tuple(stored["image_size"])})
 
     def check(self, expected: Mapping[str, Any], what: str) -> None:

@@ -110,3 +110,24 @@ def test_a_tensor_without_a_rule_is_refused() -> None:
 def test_precision_is_what_loses_nothing() -> None:
     assert precision({"a": torch.ones(1, dtype=torch.bfloat16), "b": torch.ones(1)}) == torch.float32
     assert precision({"a": torch.ones(1, dtype=torch.float64), "b": torch.ones(1)}) == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "it is empty"),
+        (b"{", "cannot be read"),
+        (b"[]", "holds a list"),
+        (b"{}", "weight_map does not map"),
+        (b'{"weight_map": []}', "weight_map does not map"),
+        (b'{"weight_map": {}}', "weight_map does not map"),
+        (b'{"weight_map": {"a": 3}}', "weight_map does not map"),
+        (b'{"weight_map": {"a": "../secret.safetensors"}}', "weight_map does not map"),
+        (b'{"weight_map": {"a": "gone.safetensors"}}', r"names gone\.safetensors, which is not beside it"),
+    ],
+)
+def test_indexes_that_lead_nowhere(tmp_path: Path, content: bytes, problem: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"index\.json.*{problem}.*Copy"):
+        read(index)

@@ -199,3 +199,105 @@ def test_reading_is_cheap(tmp_path: Path) -> None:
         return time.process_time() - start
 
     assert n / min(seconds() for _ in range(3)) > 5000
+
+
+# --- damage and full disks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b"\xff"])
+def test_a_manifest_that_is_none(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path / "store")
+    (tmp_path / "store/manifest.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"store/manifest.json.*Encode again"):
+        FeatureStoreDataset(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": -1}, {"count": 10**30}, {"count": "7"}, {"count": True}, {"flip": 1}, {"tokens": 0}, {"tokens": 5}, {"dim": None},
+        {"grid": 6}, {"grid": [2, 3, 1]}, {"grid": ["2", 3]}, {"dtype": "int8"}, {"dtype": ["float32"]}, {"image_size": [8]},
+        {"encoder": "E"}, {"versions": []}, {"surplus": 1}, {"precision": 32},
+    ],
+)  # fmt: skip
+def test_fields_of_a_manifest_that_cannot_be(tmp_path: Path, change: dict[str, Any]) -> None:
+    write(tmp_path / "store")
+    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
+    (tmp_path / "store/manifest.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(ArtifactError, match=rf"manifest.json is damaged:.*{next(iter(change))}.*Encode again"):
+        FeatureStoreDataset(tmp_path / "store")
+
+
+def test_counts_that_are_absurd_but_possible_are_compared_with_the_arrays(tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
+    (tmp_path / "store/manifest.json").write_text(json.dumps({**manifest, "count": 2**40}))
+    with pytest.raises(ArtifactError, match=r"features.npy: shape \(7, .*manifest says \(1099511627776"):
+        FeatureStoreDataset(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["features", "images", "labels", "flipped", "keys", "key_offsets"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b"",
+        lambda b: b[:20],
+        lambda b: b[:-3],
+        lambda b: b"PK\x03\x04" + b[4:],
+        lambda b: b[:10] + b"(" + b[11:],
+        lambda b: b.replace(b"'descr'", b"'dexcr'"),
+        lambda b: b.replace(b"'shape': (", b"'shape': 9"),
+        lambda b: b[:20] + b"\xff" * 30 + b[50:],
+        lambda b: b.replace(b"fortran_order': False", b"fortran_order': 'yes'"),
+    ],
+)
+def test_arrays_with_a_damaged_header(tmp_path: Path, name: str, damage: Any) -> None:
+    write(tmp_path / "store")
+    file = tmp_path / "store" / f"{name}.npy"
+    data = damage(file.read_bytes())
+    assert data != file.read_bytes()
+    file.write_bytes(data)
+    with pytest.raises(ArtifactError, match=rf"{name}.npy.*Encode again"):
+        FeatureStoreDataset(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "problem"),
+    [
+        ("labels", np.zeros(7), "dtype float64, it should be int64"),
+        ("flipped", np.zeros(7, np.uint8), "dtype uint8"),
+        ("features", np.zeros((7, 6, 4), np.float16), "dtype float16, it should be float32"),
+        ("keys", np.zeros((2, 3), np.uint8), "shape"),
+        ("key_offsets", np.zeros(3, np.int64), "shape"),
+        ("key_offsets", np.array([0, 9, 1, 2, 3, 4, 5, 6]), "does not divide"),
+        ("key_offsets", np.full(8, 10**9), "does not divide"),
+    ],
+)
+def test_arrays_of_another_kind(tmp_path: Path, name: str, array: Any, problem: str) -> None:
+    write(tmp_path / "store")
+    np.save(tmp_path / "store" / f"{name}.npy", array)
+    with pytest.raises(ArtifactError, match=rf"{name}.npy.*{problem}.*Encode again"):
+        FeatureStoreDataset(tmp_path / "store")
+
+
+def test_keys_that_are_all_empty(tmp_path: Path) -> None:
+    with FeatureStoreWriter(tmp_path / "s", n=N, tokens=TOKENS, dim=DIM, image_size=(8, 8), dtype="float32", manifest=FACTS) as writer:
+        encode_images(encode, batches(), writer, lambda i: "", progress=False)
+    assert FeatureStoreDataset(tmp_path / "s").key(3) == ""
+
+
+def test_a_store_for_which_there_is_no_room_is_refused_before_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(dim: int) -> FeatureStoreWriter:
+        return FeatureStoreWriter(tmp_path / "store", n=N, tokens=TOKENS, dim=dim, image_size=(8, 8), manifest=FACTS)
+
+    with pytest.raises(DataError, match=r"no room for features.*No space left.*--dtype float16"):
+        make(2**45)
+    monkeypatch.setattr("os.posix_fallocate", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")), raising=False)
+    with pytest.raises(DataError, match=r"no room for features"):
+        make(DIM)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("os.posix_fallocate", lambda *a: (_ for _ in ()).throw(OSError(95, "not supported")), raising=False)
+    make(DIM)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        FeatureStoreWriter(tmp_path / "file" / "s", n=N, tokens=TOKENS, dim=DIM, image_size=(8, 8), manifest=FACTS)
