@@ -10,13 +10,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from srcflow.errors import RunningError
 
 try:
-    import fcntl
+    import fcntl as _fcntl
 except ImportError:  # no such locks on this system
-    fcntl = None  # type: ignore[assignment]
+    fcntl: Any = None
+else:
+    fcntl = _fcntl
 
 FILE = "run.lock"
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)

@@ -260,6 +260,7 @@ class FeatureStoreDataset(Dataset[Batch]):
         """The array, mapped once in each process."""
         if name not in self._arrays:
             file = self.path / f"{name}.npy"
+            array: NDArray[Any]
             try:
                 try:
                     array = np.lib.format.open_memmap(file, mode="r")

@@ -32,6 +32,7 @@ from srcflow.tasks import artifact, dump, examination, resume, strategies
 from srcflow.tasks.checkpoint import FACTS, refuse_foreign
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.report import table, write_metrics
+from srcflow.trust import foreign
 from srcflow.types import Batch, Grid
 
 M = TypeVar("M", bound=nn.Module)
@@ -136,6 +137,11 @@ class Task(L.LightningModule):
     def _check_artifact(self, artifact: Path) -> None:
         """Refuse a place that `artifact.write` would refuse at the end: something else is there, or this run writes into it."""
         artifacts.check_target(artifact, "model.artifact")
+        if found := foreign(spec_of(self.made), artifacts.GROUPS, imported=False):  # which also says at once if nothing describes a part
+            rank_zero_info(
+                f"{artifact} will name {found[1]}, which is of no distribution that registers parts for srcflow: commands will refuse to "
+                "import it. Register it as an entry point of your distribution (docs/howto/own-encoder.md)."
+            )
         folders = [lo.log_dir for lo in self.trainer.loggers] + [getattr(c, "dirpath", None) for c in cast(Any, self.trainer).callbacks]
         for inside in (f for f in folders if f is not None and Path(f).resolve().is_relative_to(artifact.resolve())):
             raise ConfigError("artifact", str(artifact), f"the run writes {inside} into it.", "Name a directory of its own.")

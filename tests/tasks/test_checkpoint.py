@@ -188,3 +188,13 @@ def test_fit_tries_the_artifacts_place_at_its_start(tmp_path: Path, codec: str) 
     (tmp_path / "notes").write_text("x")
     with pytest.raises(ConfigError, match=r"model\.artifact = .*cannot be written"):
         trainer(tmp_path).fit(parts.make(codec, artifact=str(tmp_path / "notes" / "model")), datamodule=parts.SquaresData())
+
+
+def test_fit_says_at_its_start_that_commands_will_not_import_a_part(
+    tmp_path: Path, autoencoder: Make, pictures: Make, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = stage_0(autoencoder(), artifact=str(tmp_path / "model"))
+    run = trainer(tmp_path, callbacks=[], fast_dev_run=True)
+    with caplog.at_level("INFO"):
+        run.fit(task, datamodule=pictures())
+    assert "PatchEncoder, which is of no distribution that registers parts" in capfd.readouterr().err + caplog.text
