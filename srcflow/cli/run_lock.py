@@ -23,6 +23,8 @@ else:
 
 FILE = "run.lock"
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+PATIENCE = 10.0
+"""Seconds that the lock of a process that has gone is waited for."""
 _held: set[int] = set()
 
 
@@ -64,23 +66,35 @@ def _lock(path: Path) -> int | None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not inherited by programs that are started
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        who = _holder(handle)
-        os.close(handle)
-        if e.errno not in TAKEN:
-            return None
-        cure = "Wait for it or stop it, then start again; or name another trainer.default_root_dir."
-        raise RunningError(f"trainer.default_root_dir = {str(path.parent)!r} is in use by a start that still runs{who}. {cure}") from e
-    return handle
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except OSError as e:
+            who, gone = _holder(handle)
+            if gone and e.errno in TAKEN and time.monotonic() < end:  # killed, and the system is still clearing up
+                time.sleep(0.05)
+                continue
+            os.close(handle)
+            if e.errno not in TAKEN:
+                return None
+            cure = "Wait for it or stop it, then start again; or name another trainer.default_root_dir."
+            raise RunningError(f"trainer.default_root_dir = {str(path.parent)!r} is in use by a start that still runs{who}. {cure}") from e
 
 
-def _holder(handle: int) -> str:
+def _holder(handle: int) -> tuple[str, bool]:
+    """Who holds the lock, for a message, and whether that process is known to have gone."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        facts = json.loads(os.read(handle, 4096))
-        return f": process {facts['pid']} on {facts['host']}, since {facts['since']}"
-    return ""
+        facts = json.loads(os.pread(handle, 4096, 0))
+        gone = False
+        if facts["host"] == platform.node():
+            try:
+                os.kill(int(facts["pid"]), 0)
+            except ProcessLookupError:
+                gone = True
+        return f": process {facts['pid']} on {facts['host']}, since {facts['since']}", gone
+    return "", False
 
 
 def _leave() -> None:
