@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from srcflow.data.batches import Sample
 from srcflow.data.sampler import Draw
+from srcflow.data.shard_labels import outside
 from srcflow.data.transforms import ImageTransform, decode, undecodable
 from srcflow.errors import DataError
 
@@ -54,7 +55,7 @@ class ImageSource(ABC):
             DataError: a label that the model has no class for.
         """
         if self.num_classes and not 0 <= label < self.num_classes:
-            raise DataError(f"{where}: label {label} is not in 0 .. {self.num_classes - 1} (data.num_classes = {self.num_classes}).")
+            raise DataError(outside(label, self.num_classes, where))
         try:
             image, flipped = self.transform(decode(data, where, self.transform.exif), epoch=draw.epoch, index=draw.index)
         except Exception as e:

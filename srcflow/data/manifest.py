@@ -89,6 +89,8 @@ class Manifest:
             raise ArtifactError(
                 f"{path}: layout version {version!r}; this srcflow reads version {VERSION}. Encode again with `srcflow encode`."
             )
+        if stored["transform"]:  # stores that were written before there was a choice
+            stored["transform"].setdefault("exif", "ignore")
         return cls(**{**stored, "grid": tuple(stored["grid"]), "image_size": tuple(stored["image_size"])})
 
     def check(self, expected: Mapping[str, Any], what: str) -> None:
