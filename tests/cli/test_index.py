@@ -113,7 +113,7 @@ def test_labels_are_counted_recorded_and_compared(tmp_path: Path, capsys: pytest
 
 def test_labels_out_of_range_are_all_named(tmp_path: Path) -> None:
     paths = shards(tmp_path, [12, 3])
-    with pytest.raises(ProblemsError, match=r"(?s)a/0002: label 2 is not in 0 \.\. 1.*a/0011.*|a/0012"):
+    with pytest.raises(ProblemsError, match=r"(?s)a/0002: label 2 is not in 0 \.\. 1.*a/0009: label 9.*a/0014: label 4"):
         index(*paths, "--labels", "--num_classes", "2")
     plain = write(tmp_path / "plain.tar", [("a.png", b"1")])
     with pytest.raises(DataError, match=r"plain\.tar: a: has no label"):

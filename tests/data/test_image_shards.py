@@ -166,12 +166,12 @@ def test_sparse_members_are_errors(tmp_path: Path) -> None:
         ShardIndex.scan([str(path)])
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-@pytest.mark.parametrize("length", [1, 120])
+@pytest.mark.parametrize(
+    ("form", "length"),
+    [(tarfile.USTAR_FORMAT, 1), (tarfile.GNU_FORMAT, 1), (tarfile.PAX_FORMAT, 1), (tarfile.GNU_FORMAT, 120), (tarfile.PAX_FORMAT, 120)],
+)
 def test_names_in_latin_1_are_names(form: int, length: int, tmp_path: Path) -> None:
     """As short and as long names (which have headers of their own)."""
-    if form == tarfile.USTAR_FORMAT and length > 1:
-        pytest.skip("ustar has no room for them")
     path, raw = tmp_path / "a.tar", "caf\xe9" * length
     with tarfile.open(path, "w", format=form, encoding="latin-1") as tar:
         for name, data in ((f"{raw}.png", png(7)), (f"{raw}.cls", b"3")):

@@ -63,7 +63,8 @@ def test_an_index_is_merged_and_forgets_shards_that_are_gone(tmp_path: Path) -> 
      '{"shardlist": [{"url": "a", "nsamples": 3.0}]}', '{"shardlist": [{"url": "a", "nsamples": true}]}', '{"shardlist": {"a": 1}}',
      '{"shardlist": [{"url": "a", "nsamples": 3, "filesize": "1 GB"}]}', '{"shardlist": [{"url": "a", "nsamples": 3, "filesize": -1}]}',
      '{"shardlist": [{"url": "a", "nsamples": 3, "sha256": 7}]}', '{"shardlist": [{"url": "a", "nsamples": 3, "labels": [3]}]}',
-     '{"shardlist": [{"url": "a", "nsamples": 3, "labels": {"cat": 3}}]}', '{"shardlist": [{"url": "a", "nsamples": 3, "labels": {"0": 2}}]}',
+     '{"shardlist": [{"url": "a", "nsamples": 3, "labels": {"cat": 3}}]}',
+     '{"shardlist": [{"url": "a", "nsamples": 3, "labels": {"0": 2}}]}',
      '{"shardlist": [{"url": "a", "nsamples": 3, "labels": {"-1": 3}}]}', 100_000 * "[", "not JSON", "\x00"],
 )  # fmt: skip
 def test_what_is_no_index_is_refused(content: str, tmp_path: Path) -> None:
