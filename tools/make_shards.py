@@ -86,7 +86,7 @@ def image_files(folder: Path) -> tuple[list[tuple[Path, int]], list[str], str]:
     """
     found = walk(folder)
     if not found.names:
-        raise DataError(f"no image found (known endings: {', '.join(EXTENSIONS)}). {found.summary()}".rstrip())
+        raise DataError(f"{folder}: no image found (known endings: {', '.join(EXTENSIONS)}). {found.summary()}".rstrip())
     if found.classes:
         found.check_classes()
     label = {name: i for i, name in enumerate(found.classes)}
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         files, classes, unused = image_files(args.folder)
     except DataError as e:
-        parser.error(f"--folder {args.folder}: {e}")
+        parser.error(f"--folder {e}")
     if args.classes is not None:
         try:
             names = known_classes(args.classes)
