@@ -275,11 +275,12 @@ def differences(stored: Any, wanted: Any, key: str = "", *, one_sided: bool = Tr
 def _complete(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Add to `stored` what older records lack (`EARLIER`), where the run in hand has it."""
     for key, value in EARLIER.items():
-        (*path, name), a, b = key.split("."), stored, wanted
+        *path, name = key.split(".")
+        both: list[Any] = [stored, wanted]
         for part in path:
-            a, b = (d.get(part) if isinstance(d, Mapping) else None for d in (a, b))
-        if isinstance(a, dict) and isinstance(b, Mapping) and name in b:
-            a.setdefault(name, value)
+            both = [d.get(part) if isinstance(d, Mapping) else None for d in both]
+        if isinstance(both[0], dict) and isinstance(both[1], Mapping) and name in both[1]:
+            both[0].setdefault(name, value)
 
 
 # --- the file -----------------------------------------------------------------------------------------------------------------------
