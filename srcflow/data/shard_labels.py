@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,12 +110,10 @@ def without_samples(counts: Mapping[int, int], num_classes: int) -> str:
 
     >>> without_samples({0: 4, 4: 1}, 7)
     '1-3, 5-6'
+    >>> without_samples({0: 1, 10**11: 1}, 10**11 + 1), without_samples({0: 1, 1: 1}, 2)
+    ('1-99999999999', '')
     """
-    runs: list[list[int]] = []
-    for label in (i for i in range(num_classes) if not counts.get(i)):
-        if runs and runs[-1][1] == label - 1:
-            runs[-1][1] = label
-        else:
-            runs.append([label, label])
-    shown = [str(a) if a == b else f"{a}-{b}" for a, b in runs[:SHOWN]]
-    return ", ".join([*shown, *(["..."] if len(runs) > SHOWN else [])])
+    present = sorted(label for label, n in counts.items() if n and label < num_classes)
+    gaps = [(a + 1, b - 1) for a, b in pairwise([-1, *present, num_classes]) if b - a > 1]
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in gaps[:SHOWN]]
+    return ", ".join([*shown, *(["..."] if len(gaps) > SHOWN else [])])
