@@ -18,6 +18,21 @@ class SrcflowError(Exception):
 
     status = 2
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Text that any UTF-8 terminal or file takes: bytes of file names that are not UTF-8 are shown as escapes.
+
+    >>> printable(b"caf\\xe9.png".decode(errors="surrogateescape"))
+    'caf\\\\xe9.png'
+    """
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        return text.encode(errors="backslashreplace").decode()
+
 
 class ConfigError(SrcflowError, ValueError):
     """A configuration value that cannot be used.

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_shards import verified, write_json, write_shards
+from make_shards import prepare, verified, write_json, write_shards
 from PIL import Image
 from tqdm import tqdm
 
@@ -174,9 +174,13 @@ def is_done(out: Path, limit: int | None) -> bool:
     path = out / "manifest.json"
     if not path.is_file():
         return False
-    manifest = json.loads(path.read_text())
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError:
+        return False
     return (
-        manifest.get("version") == VERSION
+        isinstance(manifest, dict)
+        and manifest.get("version") == VERSION
         and manifest.get("limit") == limit
         and all(verified(out, s["shards"]) for s in manifest["splits"].values())
     )
@@ -195,16 +199,22 @@ def main(argv: list[str] | None = None) -> int:
     if is_done(args.out, args.limit):
         print(f"{args.out}: already there, checksums right")
         return 0
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: is no folder")
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / "manifest.json").is_file():
         parser.error(f"--out {args.out}: holds other files and no manifest.json of this tool. Choose another folder or empty it.")
+    partial = args.out.with_name(args.out.name + ".partial")
+    try:  # before the download
+        shutil.rmtree(partial, ignore_errors=True)
+        prepare(partial)
+    except OSError as e:
+        parser.error(f"--out {args.out}: cannot be written: {e}")
     try:
         contents, source = fetch(args.source, args.folder)
     except SourceError as e:
         print(e, file=sys.stderr)
+        shutil.rmtree(partial)
         return 1
-    partial = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     manifest: dict[str, Any] = {"version": VERSION, "limit": args.limit, "source": source, "content_sha256": CONTENT_SHA256, "splits": {}}
     for split, (origin, order) in splits().items():
         images, labels = read_idx(contents[f"{origin}-images-idx3-ubyte"]), read_idx(contents[f"{origin}-labels-idx1-ubyte"])

@@ -1,9 +1,12 @@
 """Turn a folder of images into WebDataset tar shards: `python tools/make_shards.py --folder images/train --out data/mine --prefix train`.
 
 A folder with class sub-folders gives labelled samples (`cls` = position of the sub-folder's name in sorted order; the names go to
-`classes.json`); a flat folder gives unlabelled ones. Files are copied byte for byte unless `--size` asks for resizing and cropping. Nothing
-is dropped in silence: every image is decoded, and what cannot be read is listed before anything counts as done (`--skip-bad` leaves the
-listed files out and records them in the manifest).
+`classes.json`); a flat folder gives unlabelled ones. Links are followed. Files are copied byte for byte, with their EXIF data, unless
+`--size` asks for resizing and cropping; then images are first turned upright as their EXIF orientation says.
+
+Nothing is dropped in silence: every image is decoded, and what cannot be read is listed before anything counts as done (`--skip-bad` leaves
+the listed files out and records them in the manifest). Hidden files and files of other kinds are counted, and class folders without images
+are refused.
 
 Output: `<prefix>-000000.tar`, ..., `<prefix>.json` (shards with sample counts, sizes and sha256), and the same in `index.json`, which all
 prefixes of a folder share and which `ImageShards` reads.
@@ -12,22 +15,27 @@ prefixes of a folder share and which `ImageShards` reads.
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import webdataset as wds
-from PIL import Image
 from tqdm import tqdm
 
 from srcflow.artifacts import file_hash
+from srcflow.data.folder_walk import ending, walk
+from srcflow.data.resize import centre_crop
+from srcflow.data.transforms import EXIF, EXTENSIONS, decode, undecodable
+from srcflow.errors import DataError, UndecodableError, printable
 
-EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+SAME = {"jpeg": "jpg"}  # endings that are stored under another one
 
 
 def write_shards(samples: Iterable[dict[str, Any]], out: Path, prefix: str, per_shard: int) -> list[dict[str, Any]]:
@@ -70,33 +78,66 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def image_files(folder: Path) -> tuple[list[tuple[Path, int]], list[str], list[Path]]:
-    """Images with their labels (-1 without classes), the class names, and files that are not images by their extension."""
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
-    roots = [(folder / c, i) for i, c in enumerate(classes)] or [(folder, -1)]
-    found: list[tuple[Path, int]] = []
-    other: list[Path] = [p for p in sorted(folder.iterdir()) if p.is_file()] if classes else []
-    for root, label in roots:
-        for path in sorted(p for p in root.rglob("*") if p.is_file()):
-            if path.suffix.lower() in EXTENSIONS:
-                found.append((path, label))
-            else:
-                other.append(path)
-    return found, classes, other
+def image_files(folder: Path) -> tuple[list[tuple[Path, int]], list[str], str]:
+    """Images with their labels (-1 without classes), the class names, and a line about what is not used.
+
+    Raises:
+        DataError: files that cannot be read, no images, class folders without images, or images beside class folders.
+    """
+    found = walk(folder)
+    if not found.names:
+        raise DataError(f"{folder}: no image found (known endings: {', '.join(EXTENSIONS)}). {found.summary()}".rstrip())
+    if found.classes:
+        found.check_classes()
+    label = {name: i for i, name in enumerate(found.classes)}
+    return [(folder / name, label[name.partition("/")[0]] if label else -1) for name in found.names], found.classes, found.summary()
 
 
-def encode(path: Path, size: int | None) -> tuple[str, bytes]:
-    """Extension and bytes to store. Raises OSError, SyntaxError, ValueError (PIL's) or DataError where the image cannot be decoded."""
+def encode(path: Path, size: int | None, exif: Literal["transpose", "ignore"] = "transpose") -> tuple[str, bytes]:
+    """Extension and bytes to store.
+
+    Raises:
+        UndecodableError: the image cannot be decoded, resized or stored, whatever it raised.
+        OSError: the file cannot be read.
+    """
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        if size is None:
-            return EXTENSIONS[path.suffix.lower()], data
-        from srcflow.data.transforms import centre_crop, to_rgb
-
+    image = decode(data, str(path), exif)
+    if size is None:
+        kind = ending(path.name)
+        return SAME.get(kind, kind), data
+    try:
         buffer = io.BytesIO()
-        centre_crop(to_rgb(image), size).save(buffer, "PNG")
+        centre_crop(image, size).save(buffer, "PNG", exif=b"")
         return "png", buffer.getvalue()
+    except Exception as e:
+        raise undecodable(str(path), e) from e
+
+
+def known_classes(place: Path) -> list[str]:
+    """Class names from a `classes.json`.
+
+    Raises:
+        DataError: it is not one.
+    """
+    try:
+        names = json.loads(place.read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f"cannot be read: {e}") from e
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+        raise DataError("is no list of class names, each once, as this tool writes it")
+    return names
+
+
+def prepare(folder: Path) -> None:
+    """Make a folder, and try that files can be written there, before the work.
+
+    Raises:
+        OSError: they cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".probe"
+    probe.write_bytes(b"1")
+    probe.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,6 +149,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--per-shard", type=int, default=1000, help="samples per shard (default: 1000)")
     parser.add_argument(
         "--size", type=int, default=None, help="resize the short side and crop the middle square, stored as PNG; default: files as they are"
+    )
+    parser.add_argument(
+        "--exif",
+        choices=EXIF,
+        default=None,
+        help="with --size: turn images upright as their EXIF orientation says, or take the pixels as stored (default: transpose)",
     )
     parser.add_argument("--seed", type=int, default=0, help="order of the samples (shards should hold a mixture of classes)")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the sorted order of the files")
@@ -122,53 +169,72 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--folder {args.folder}: no such folder")
     if args.per_shard < 1:
         parser.error(f"--per-shard {args.per_shard}: at least 1")
-    files, classes, other = image_files(args.folder)
-    if not files:
-        parser.error(f"--folder {args.folder}: no image found (known extensions: {' '.join(EXTENSIONS)})")
-    if args.classes is not None:
-        names = json.loads(args.classes.read_text())
-        if unknown := [c for c in classes if c not in names]:
-            parser.error(f"--classes {args.classes}: knows no {', '.join(unknown)}")
-        files = [(p, names.index(classes[label]) if label >= 0 else -1) for p, label in files]
-        classes = names
-    if other:
-        print(f"not images by their extension, not stored: {len(other)} files, e.g. {other[0]}", file=sys.stderr)
-    if not args.no_shuffle:  # order by hash: the same for every numpy version
-        files.sort(key=lambda f: hashlib.blake2b(f"{args.seed}/{f[0].relative_to(args.folder)}".encode()).digest())
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    if stale := sorted(args.out.glob(f"{args.prefix}-[0-9]*.tar")):
+    if args.size is not None and args.size < 1:
+        parser.error(f"--size {args.size}: at least 1")
+    if args.exif is not None and args.size is None:
+        parser.error(f"--exif {args.exif}: has no effect without --size; files are copied with their EXIF data")
+    if stale := sorted(args.out.glob(f"{glob.escape(args.prefix)}-[0-9]*.tar")):
         parser.error(
             f"--out {args.out}: there are already {len(stale)} shards called {args.prefix}-*.tar. Remove them or choose another --prefix."
         )
+    try:
+        files, classes, unused = image_files(args.folder)
+    except DataError as e:
+        parser.error(f"--folder {e}")
+    if args.classes is not None:
+        try:
+            names = known_classes(args.classes)
+            if unknown := [c for c in classes if c not in names]:
+                raise DataError(f"knows no {', '.join(unknown)}")
+        except DataError as e:
+            parser.error(f"--classes {args.classes}: {e}")
+        files = [(p, names.index(classes[label]) if label >= 0 else -1) for p, label in files]
+        classes = names
+    partial = args.out / f".{args.prefix}.partial"
+    try:
+        prepare(args.out)
+        shutil.rmtree(partial, ignore_errors=True)
+        prepare(partial)
+    except OSError as e:
+        parser.error(f"--out {args.out}: cannot be written: {e}")
+    if unused:
+        print(printable(unused), file=sys.stderr)
+    if not args.no_shuffle:  # order by hash: the same for every numpy version
+        files.sort(key=lambda f: hashlib.blake2b(f"{args.seed}/{f[0].relative_to(args.folder)}".encode(errors="surrogateescape")).digest())
     bad: list[str] = []
 
     def samples() -> Iterator[dict[str, Any]]:
         for i, (path, label) in enumerate(tqdm(files, unit="images")):
             try:
-                extension, data = encode(path, args.size)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-                bad.append(f"{path}: {e}")
+                extension, data = encode(path, args.size, args.exif or "transpose")
+            except UndecodableError as e:
+                bad.append(str(e))
+                continue
+            except OSError as e:
+                bad.append(printable(f"{path}: {e}"))
                 continue
             sample: dict[str, Any] = {"__key__": f"{i:09d}", extension: data}
             if label >= 0:
                 sample["cls"] = str(label).encode()
             yield sample
 
-    partial = args.out / f".{args.prefix}.partial"
-    partial.mkdir(exist_ok=True)
-    for old in partial.iterdir():
-        old.unlink()
-    shards = write_shards(samples(), partial, args.prefix, args.per_shard)
+    try:
+        shards = write_shards(samples(), partial, args.prefix, args.per_shard)
+    except OSError as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"--out {args.out}: cannot be written: {e}; no shard was kept.", file=sys.stderr)
+        return 1
     for line in bad:
         print(f"cannot be read: {line}", file=sys.stderr)
     if bad and not args.skip_bad:
         print(
             f"{len(bad)} of {len(files)} files cannot be read; nothing written. Repair or remove them, or add --skip-bad.", file=sys.stderr
         )
-        for old in partial.iterdir():
-            old.unlink()
-        partial.rmdir()
+        shutil.rmtree(partial)
+        return 1
+    if not shards:
+        print(f"none of {len(files)} files can be read; nothing written.", file=sys.stderr)
+        shutil.rmtree(partial)
         return 1
     for shard in shards:
         os.replace(partial / shard["file"], args.out / shard["file"])
@@ -180,7 +246,16 @@ def main(argv: list[str] | None = None) -> int:
     write_index(args.out, [Entry(s["file"], s["samples"], s["bytes"], s["sha256"]) for s in shards])
     total = sum(s["samples"] for s in shards)
     write_json(
-        args.out / f"{args.prefix}.json", {"version": 1, "samples": total, "classes": len(classes), "skipped": bad, "shards": shards}
+        args.out / f"{args.prefix}.json",
+        {
+            "version": 1,
+            "samples": total,
+            "classes": len(classes),
+            "size": args.size,
+            "exif": (args.exif or "transpose") if args.size else None,
+            "skipped": bad,
+            "shards": shards,
+        },
     )
     print(f"{total} images in {len(shards)} shards: {args.out}/{args.prefix}-{{000000..{len(shards) - 1:06d}}}.tar")
     return 0

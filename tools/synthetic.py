@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_shards import write_json, write_shards
+from make_shards import prepare, write_json, write_shards
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -64,7 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, least in (("train", 1), ("eval", 1), ("size", 8)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        prepare(args.out)
+    except OSError as e:
+        parser.error(f"--out {args.out}: cannot be written: {e}")
     written = {}
     for split in SPLITS:
         n = args.train if split == "train" else args.eval

@@ -53,6 +53,8 @@ LATER = ("data.content", "built_on")
 """What is known of a run only once its data and artifacts are open."""
 DATA_FREE = ("batch_size", "num_workers", "index", "start_method", "max_bad_fraction")
 """Options of a datamodule that do not; the global batch counts instead of `batch_size`, the data instead of their place."""
+EARLIER = {"data.init_args.exif": "ignore", "data.content.transform.exif": "ignore"}
+"""What was done before there were these options, which older records lack."""
 OPTIMIZATION_FREE = ("max_bad_steps", "dump_bad_steps")
 """Options of a task's `optimization` that do not."""
 
@@ -204,6 +206,7 @@ class RunRecord(SaveConfigCallback):
             try:
                 record = None if self._changing else read(path)
                 if record is not None:
+                    _complete(record["identity"], self._identity or {})
                     same = record["starts"][-1]["srcflow"] == srcflow.__version__
                     found = differences(record["identity"], self._identity or {}, one_sided=same)
                     found = {k: v for k, v in found.items() if not (v[1] is None and k in LATER)}
@@ -291,6 +294,17 @@ def differences(stored: Any, wanted: Any, key: str = "", *, one_sided: bool = Tr
             found.update(differences(a, b, f"{key}.{i}", one_sided=one_sided))
         return found
     return {} if stored == wanted else {key: (stored, wanted)}
+
+
+def _complete(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Add to `stored` what older records lack (`EARLIER`), where the run in hand has it."""
+    for key, value in EARLIER.items():
+        *path, name = key.split(".")
+        both: list[Any] = [stored, wanted]
+        for part in path:
+            both = [d.get(part) if isinstance(d, Mapping) else None for d in both]
+        if isinstance(both[0], dict) and isinstance(both[1], Mapping) and name in both[1]:
+            both[0].setdefault(name, value)
 
 
 # --- the file -----------------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from srcflow.data.folder_walk import class_names, walk
 from srcflow.data.images import ImageDataset, hash_of
 from srcflow.data.strings import StringTable
 from srcflow.data.transforms import EXTENSIONS, ImageTransform
@@ -13,23 +15,8 @@ from srcflow.errors import ConfigError, DataError
 from srcflow.types import NULL_LABEL
 
 
-def class_names(folder: str | os.PathLike[str]) -> list[str]:
-    """Sub-folders in sorted order, hidden ones left out; a class's label is its position.
-
-    Raises:
-        DataError: no such folder, or it cannot be read.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder.")
-    try:
-        return sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-    except OSError as e:
-        raise DataError(f"{root}: cannot be read: {e}.") from e
-
-
 class ImageFolderDataset(ImageDataset):
-    """Every image below a folder, in sorted order (files of other kinds and hidden ones are no images and are ignored).
+    """Every image below a folder, in sorted order; `folder_walk` says what counts as one.
 
     Args:
         folder: `folder/<class>/**/image.png`, or, without classes, any images below it.
@@ -37,9 +24,14 @@ class ImageFolderDataset(ImageDataset):
         classes: class names in the order of their labels; None: no labels.
         tolerant: as in `ImageSource`.
 
+    Attributes:
+        labels: of every image.
+        sizes: of every image's file, in bytes.
+        unused: one line about the files that are not used; empty where there are none.
+
     Raises:
         DataError: no such folder, files or folders that cannot be read (lists them), no image in it, images beside the class folders, or
-            a class folder that `classes` does not have.
+            class folders that `classes` does not have or that have no images.
     """
 
     def __init__(
@@ -47,42 +39,29 @@ class ImageFolderDataset(ImageDataset):
     ) -> None:
         super().__init__(transform, len(classes) if classes else 0, tolerant)
         self.folder = Path(folder)
-        found = class_names(folder)
-        if classes and (unknown := [c for c in found if c not in classes]):
+        found = walk(folder)
+        self.unused = found.summary()
+        if classes and (unknown := [c for c in found.classes if c not in classes]):
             raise DataError(
                 f"{folder}: the classes {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''} ({len(unknown)} in all) are not among "
                 f"this run's {len(classes)}: {', '.join(list(classes)[:5])} ..."
             )
-        names, labels, sizes = [], [], []
-        unread: list[OSError] = []
-        for directory, folders, files in os.walk(self.folder, onerror=unread.append, followlinks=True):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            for file in files:
-                if not file.startswith(".") and file.rpartition(".")[2].lower() in EXTENSIONS:
-                    path = Path(directory, file)
-                    try:
-                        sizes.append(path.stat().st_size)
-                    except OSError as e:  # a link to nothing
-                        unread.append(e)
-                        continue
-                    names.append(path.relative_to(self.folder).as_posix())
-        if unread:
-            shown = [str(e) for e in unread[:20]] + ([f"... and {len(unread) - 20} more"] if len(unread) > 20 else [])
-            raise DataError(f"{folder}: {len(unread)} files or folders cannot be read:\n  " + "\n  ".join(shown))
-        order = sorted(range(len(names)), key=names.__getitem__)
-        if not names:
-            raise DataError(f"{folder}: no image in it or below it (known extensions: {', '.join(EXTENSIONS)}).")
-        for name in names:
-            top, slash, _ = name.partition("/")
-            if classes and not slash:
-                raise DataError(f"{folder}: {name} lies beside the class folders and has no label. Move it, or set data.num_classes: 0.")
-            labels.append(classes.index(top) if classes else NULL_LABEL)
-        self.names = StringTable.of(names[i] for i in order)
-        self.labels = [labels[i] for i in order]
-        self.sizes = [sizes[i] for i in order]
+        if not found.names:
+            beside = f" {self.unused}" if self.unused else ""
+            raise DataError(f"{folder}: no image in it or below it (known endings: {', '.join(EXTENSIONS)}).{beside}")
+        if classes:
+            found.check_classes()
+        label = {name: i for i, name in enumerate(classes or [])}
+        self.names = StringTable.of(found.names)
+        self.labels = [label[name.partition("/")[0]] if classes else NULL_LABEL for name in found.names]
+        self.sizes = found.sizes
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def label_counts(self) -> dict[int, int] | None:
+        """How many images have which label; None without labels."""
+        return dict(Counter(self.labels)) if self.num_classes else None
 
     def key(self, index: int) -> str:
         return self.names[index]
@@ -108,13 +87,16 @@ def resolve_classes(folders: Sequence[str | os.PathLike[str]], num_classes: int)
         num_classes: how many there must be; 0: no labels, None is returned.
 
     Raises:
-        DataError: no such folder.
+        DataError: no such folder, or class folders without images account for the difference.
         ConfigError: another number of class folders than `num_classes`.
     """
     if num_classes == 0:
         return None
     found = class_names(folders[0])
     if len(found) != num_classes:
+        whole = walk(folders[0])
+        if whole.names and found:
+            whole.check_classes()
         what = f"{len(found)} class folders" if found else "no class folders"
         cure = f"Set data.num_classes: {len(found)}" + (
             "" if found else " for images without labels, or sort them into one folder per class"

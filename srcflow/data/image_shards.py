@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 from srcflow.data.images import ImageDataset
-from srcflow.data.shard_index import ShardIndex, parse_label, read_span
+from srcflow.data.shard_index import ShardIndex, read_span
+from srcflow.data.shard_labels import NO_LABEL, count_labels, parse_label
 from srcflow.data.transforms import ImageTransform
 from srcflow.errors import DataError
 from srcflow.types import NULL_LABEL
-
-NO_LABEL = "has no label (cls or json). Set data.num_classes: 0 for images without labels."
 
 
 class ImageShardsDataset(ImageDataset):
@@ -31,6 +30,10 @@ class ImageShardsDataset(ImageDataset):
     def __len__(self) -> int:
         return len(self.index)
 
+    def label_counts(self) -> dict[int, int] | None:
+        """How many samples have which label; None where they were not read before."""
+        return None if self.index.labels is None else count_labels(self.index.labels)
+
     def key(self, index: int) -> str:
         return self.index.keys[index]
 
@@ -41,7 +44,9 @@ class ImageShardsDataset(ImageDataset):
         path = self.index.paths[self.index.shard_of(index)]
         offset, size, label_offset, label_size = self.index.spans[index].tolist()
         label = NULL_LABEL
-        if self.num_classes:
+        if self.num_classes and self.index.labels is not None:
+            label = int(self.index.labels[index])
+        elif self.num_classes:
             if label_offset < 0:
                 raise DataError(f"{self.where(index)}: {NO_LABEL}")
             label = parse_label(read_span(path, label_offset, label_size), bool(self.index.json_label[index]), self.where(index))

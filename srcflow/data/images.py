@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 
 from srcflow.data.batches import Sample
 from srcflow.data.sampler import Draw
-from srcflow.data.transforms import ImageTransform, decode
-from srcflow.errors import DataError, UndecodableError
+from srcflow.data.shard_labels import outside
+from srcflow.data.transforms import ImageTransform, decode, undecodable
+from srcflow.errors import DataError
 
 
 class ImageSource(ABC):
@@ -22,8 +23,8 @@ class ImageSource(ABC):
     Args:
         transform: from RGB image to tensor.
         num_classes: labels are checked to be below it; 0: every label is -1, and none is read.
-        tolerant: a file that does not decode becomes a black sample with an `error`, for a loader that counts and replaces it
-            (`batches.collate_tolerantly`); otherwise it is raised.
+        tolerant: a file that does not decode, whatever it raises, becomes a black sample with an `error`, for a loader that counts and
+            replaces it (`batches.collate_tolerantly`); otherwise it is raised.
     """
 
     def __init__(self, transform: ImageTransform, num_classes: int, tolerant: bool = False) -> None:
@@ -54,14 +55,15 @@ class ImageSource(ABC):
             DataError: a label that the model has no class for.
         """
         if self.num_classes and not 0 <= label < self.num_classes:
-            raise DataError(f"{where}: label {label} is not in 0 .. {self.num_classes - 1} (data.num_classes = {self.num_classes}).")
+            raise DataError(outside(label, self.num_classes, where))
         try:
-            image, flipped = self.transform(decode(data, where), epoch=draw.epoch, index=draw.index)
-        except UndecodableError as e:
+            image, flipped = self.transform(decode(data, where, self.transform.exif), epoch=draw.epoch, index=draw.index)
+        except Exception as e:
+            error = undecodable(where, e)
             if not self.tolerant:
-                raise
+                raise error from e
             black = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8)
-            return Sample(image=black, label=label, index=draw.index, valid=draw.valid, flipped=False, error=str(e))
+            return Sample(image=black, label=label, index=draw.index, valid=draw.valid, flipped=False, error=str(error))
         return Sample(image=image, label=label, index=draw.index, valid=draw.valid, flipped=flipped)
 
 
@@ -102,5 +104,5 @@ def hash_of(lines: Iterable[Any]) -> str:
     """sha256 over the lines' text."""
     digest = hashlib.sha256()
     for line in lines:
-        digest.update(f"{line}\n".encode())
+        digest.update(f"{line}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -124,6 +124,8 @@ class Manifest:
         if wrong:
             given = ", ".join(f"{k} = {stored[k]!r}" if k in stored else f"{k} is missing" for k in wrong[:4])
             raise ArtifactError(f"{path} is damaged: {given}. {AGAIN}")
+        if stored["transform"]:  # stores that were written before there was a choice
+            stored["transform"].setdefault("exif", "ignore")
         return cls(**{**stored, "grid": tuple(stored["grid"]), "image_size": tuple(stored["image_size"])})
 
     def check(self, expected: Mapping[str, Any], what: str) -> None:

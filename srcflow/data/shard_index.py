@@ -6,8 +6,6 @@ extension, second halves of split samples and merged keys pass unnoticed. Here e
 
 from __future__ import annotations
 
-import io
-import json
 import mmap
 import os
 import re
@@ -15,21 +13,33 @@ import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srcflow.data.images import hash_of
+from srcflow.data.shard_labels import read_labels, unusable_labels
 from srcflow.data.strings import StringTable
 from srcflow.data.transforms import EXTENSIONS
 from srcflow.errors import DataError, Problems
 
 LABELS = ("cls", "json")
+USUAL = 4  # so many of EXTENSIONS come first: a jpg beside a tif is the image, and the tif something else
 BLOCK = 512
 PAX = re.compile(rb" (?:path|linkpath|size|GNU\.sparse[^=]*)=")  # pax records that matter here; webdataset writes one with the time
 Content = TypeVar("Content")
 METADATA = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
+ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # of names, some of which may be in another one
+NOT_FILES = (tarfile.DIRTYPE, b"V", b"D")  # folders, GNU tar's volume label and lists of folders
+KINDS = {
+    tarfile.LNKTYPE: ("a hard link to {0}", "Pack it again with `tar --hard-dereference`, which stores the file itself"),
+    tarfile.SYMTYPE: ("a symbolic link to {0}", "Pack it again with `tar -h`, which stores what it points to"),
+    tarfile.FIFOTYPE: ("a named pipe", "Leave it out"),
+    tarfile.CHRTYPE: ("a device", "Leave it out"),
+    tarfile.BLKTYPE: ("a device", "Leave it out"),
+    tarfile.GNUTYPE_SPARSE: ("a sparse file", "Pack it again without `--sparse`"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class ShardIndex:
         spans: (n, 4) int64: image offset, image size, label offset, label size (bytes; -1 offset where there is no label).
         json_label: (n,) whether the label stands in a json file.
         keys: WebDataset keys.
+        labels: (n,) int64, where they were read.
     """
 
     paths: tuple[str, ...]
@@ -49,6 +60,7 @@ class ShardIndex:
     spans: NDArray[np.int64]
     json_label: NDArray[np.bool_]
     keys: StringTable
+    labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -67,18 +79,22 @@ class ShardIndex:
         return hash_of((names[self.shard_of(i)], self.keys[i], *self.spans[i].tolist()) for i in range(len(self)))
 
     @classmethod
-    def scan(cls, paths: Sequence[str], expected: Mapping[str, int] | None = None) -> ShardIndex:
-        """Read the headers of all shards.
+    def scan(cls, paths: Sequence[str], expected: Mapping[str, int] | None = None, num_classes: int = 0) -> ShardIndex:
+        """Read the headers of all shards, and the labels.
 
         Args:
             paths: local files.
             expected: how many samples some of them are said to hold.
+            num_classes: labels must be below it; 0: they are not read.
 
         Raises:
-            DataError: a shard is damaged, breaks WebDataset's rules for names, or holds another number; ProblemsError where several are.
+            DataError: a shard is damaged, breaks WebDataset's rules for names, holds another number, or has labels that are missing, no
+                integers or out of range; ProblemsError where several are.
         """
         problems = Problems()
         starts, rows, as_json, keys = [0], [], [], []
+        labels: list[NDArray[np.int64]] = []
+        unusable: list[str] = []
         for path in paths:
             with problems.collect():
                 samples = scan_shard(path)
@@ -90,10 +106,18 @@ class ShardIndex:
                     rows.append(span)
                     as_json.append(is_json)
                     keys.append(key)
+                if num_classes:
+                    at = starts[-1]
+                    read, lines = read_labels(path, keys[at:], rows[at:], as_json[at:], num_classes)
+                    labels.append(read)
+                    unusable += lines
             starts.append(len(rows))
+        if unusable:
+            problems.add(unusable_labels(unusable, f"{len(paths)} shards"))
         problems.raise_if_any()
         spans = np.array(rows, np.int64).reshape(-1, 4)
-        return cls(tuple(paths), np.array(starts, np.int64), spans, np.array(as_json, np.bool_), StringTable.of(keys))
+        table, read_ones = StringTable.of(keys), np.concatenate(labels) if labels else None
+        return cls(tuple(paths), np.array(starts, np.int64), spans, np.array(as_json, np.bool_), table, read_ones)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -146,7 +170,7 @@ def parts(path: str, key: str, extensions: Collection[str]) -> tuple[str, str | 
     Raises:
         DataError: not exactly one image.
     """
-    images = [e for e in extensions if e in EXTENSIONS]
+    images = [e for e in extensions if e in EXTENSIONS[:USUAL]] or [e for e in extensions if e in EXTENSIONS]
     if len(images) != 1:
         what = f"has {len(images)} images" if images else f"has no image ({', '.join(EXTENSIONS)})"
         raise DataError(f"{path}: sample {key!r} {what}, but {', '.join(extensions)}. A key ends at the first dot of the file name.")
@@ -168,6 +192,25 @@ def scan_shard(path: str) -> list[tuple[str, tuple[int, int, int, int], bool]]:
     return samples
 
 
+def is_file(path: str, member: tarfile.TarInfo) -> bool:
+    """Whether a member of an archive is a file with its content; folders and labels of archives are not.
+
+    Args:
+        path: of the shard, for messages.
+        member: with its header.
+
+    Raises:
+        DataError: it is a link, or something else that holds no image but may stand for one.
+    """
+    if member.type in NOT_FILES:
+        return False
+    if member.isreg() and not member.issparse():
+        return True
+    kind = tarfile.GNUTYPE_SPARSE if member.issparse() else member.type
+    what, cure = KINDS.get(kind, (f"of the unknown kind {kind!r}", "Pack it again as plain files"))
+    raise DataError(f"{path}: {member.name} is {what.format(member.linkname)}, and would be a sample lost in silence. {cure}.")
+
+
 class _Extended(Exception):
     """The archive has headers beyond plain ustar (long names, pax)."""
 
@@ -176,7 +219,7 @@ def members(path: str) -> list[tuple[str, int, int]]:
     """Regular files of an archive: name, offset of the data, size. The archive must be complete, and end in zeros.
 
     Raises:
-        DataError: it cannot be read, is no tar file, is compressed, cut or damaged.
+        DataError: it cannot be read, is no tar file, is compressed, cut or damaged, or has links or the like in place of files.
     """
     try:
         found, rest = _checked_members(path)
@@ -223,9 +266,9 @@ def _plain_members(path: str, data: mmap.mmap) -> tuple[list[tuple[str, int, int
             length = int(header[124:136].rstrip(b" \0") or b"0", 8)
             if kind == b"x" and PAX.search(data[at + BLOCK : at + BLOCK + length]):
                 raise _Extended
-            name = header[:100].split(b"\0", 1)[0].decode()
+            name = header[:100].split(b"\0", 1)[0].decode(**ENCODING)
             if header[257:263] == b"ustar\0" and header[345]:
-                name = header[345:500].split(b"\0", 1)[0].decode() + "/" + name
+                name = header[345:500].split(b"\0", 1)[0].decode(**ENCODING) + "/" + name
         except ValueError as e:
             what = "not an uncompressed tar archive" if at == 0 else f"cut or damaged after {found[-1][0] if found else 'its start'}"
             raise DataError(f"{path}: {what}: no readable header at byte {at} of {size} ({e}).") from e
@@ -241,16 +284,19 @@ def _plain_members(path: str, data: mmap.mmap) -> tuple[list[tuple[str, int, int
 def _extended_members(path: str, size: int) -> tuple[list[tuple[str, int, int]], int]:
     """The same through tarfile, which knows all kinds of headers."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", **ENCODING) as tar:
             all_members = tar.getmembers()
-    except (tarfile.TarError, OSError, EOFError) as e:
-        raise DataError(f"{path}: not an uncompressed tar archive, or damaged: {e}.") from e
-    for member in all_members:
+    except Exception as e:  # damaged headers make tarfile raise of every kind
+        raise DataError(f"{path}: not an uncompressed tar archive, or damaged: {str(e) or type(e).__name__}.") from e
+    if not all_members:
+        raise DataError(f"{path}: holds no samples.")
+    files = [m for m in all_members if not METADATA.match(m.name) and is_file(path, m)]
+    for member in files:
         if member.offset_data + member.size > size:
             raise DataError(f"{path}: is cut: {member.name} ends at byte {member.offset_data + member.size} of {size}.")
     last = all_members[-1]
-    end = last.offset_data + (-(-last.size // BLOCK) * BLOCK if last.isreg() else 0)
-    return [(m.name, m.offset_data, m.size) for m in all_members if m.isreg()], end
+    end = last.offset_data + (-(-last.size // BLOCK) * BLOCK if last.isreg() or last.type in (b"V", b"D") else 0)
+    return [(m.name, m.offset_data, m.size) for m in files], end
 
 
 def read_span(path: str, offset: int, size: int) -> bytes:
@@ -268,19 +314,3 @@ def read_span(path: str, offset: int, size: int) -> bytes:
     if len(data) != size:
         raise DataError(f"{path}: is shorter than it was. The shards changed while they were in use.")
     return data
-
-
-def parse_label(data: bytes, is_json: bool, name: str) -> int:
-    """An integer label from a `.cls` or `.json` file.
-
-    Raises:
-        DataError: there is none; names the sample.
-    """
-    try:
-        value = json.load(io.BytesIO(data))["label"] if is_json else int(data.decode("ascii"))
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{value!r} is not an integer")
-        return value
-    except (ValueError, KeyError, TypeError) as e:
-        what = 'json has no integer "label"' if is_json else "cls is not an integer"
-        raise DataError(f"{name}: {what} ({e}). Set data.num_classes: 0 to ignore labels.") from e

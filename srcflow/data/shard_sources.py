@@ -1,7 +1,8 @@
 """Where shards are: patterns, files, URLs and pipes, and the `index.json` beside them that says how much each holds.
 
 The index follows the wids convention of WebDataset: `{"wids_version": 1, "shardlist": [{"url": "train-000000.tar", "nsamples": 1000,
-"filesize": 104857600, "sha256": "..."}]}`; sizes in bytes, sha256 on demand. `srcflow index` writes it, after reading every header.
+"filesize": 104857600, "sha256": "...", "labels": {"0": 512, "7": 488}}]}`; sizes in bytes, sha256 and labels (how many samples have
+which) on demand. `srcflow index` writes it, after reading every header.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from webdataset.gopen import gopen, gopen_schemes
 
 from srcflow.artifacts import file_hash
 from srcflow.data.images import hash_of
-from srcflow.data.shard_index import ShardIndex
+from srcflow.data.shard_index import BLOCK, ShardIndex, scan_shard
+from srcflow.data.shard_labels import MOST, add_counts, count_labels, outside, read_labels, unusable_labels
 from srcflow.data.strings import StringTable
 from srcflow.errors import DataError, Problems
 
@@ -75,14 +77,36 @@ def resolve(patterns: str | Sequence[str]) -> tuple[list[str], list[str]]:
                     lines.append(f"{path}: no such scheme; known: {', '.join(s for s in gopen_schemes if s[0] != '_')}")
                 found.append(path)
                 continue
-            matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+            matches = matching(path)
             if not matches:
-                lines.append(f"{path}: matches no file")
+                brackets = " ([...] is a pattern for one of these characters; write [[] for a [ that is part of the name)"
+                lines.append(f"{path}: matches no file{brackets if '[' in path else ''}")
             lines += [f"{m}: no such file" for m in matches if not os.path.isfile(m)]
             found += matches
     if not given:
         lines.append("the list is empty")
     return found, lines + _doubled(found)
+
+
+def matching(path: str) -> list[str]:
+    """Local files that a glob names, sorted. The folders at its start are taken as they are called, where there are such.
+
+    Args:
+        path: a glob, or a plain path, which is returned whether or not it exists.
+    """
+    if not glob.has_magic(path) or os.path.lexists(path):
+        return [path]
+    folder, slash, name = path.rpartition("/")
+    rest = name
+    while folder and not os.path.isdir(folder):
+        folder, slash, name = folder.rpartition("/")
+        rest = f"{name}/{rest}"
+    if folder or slash:
+        if not glob.has_magic(rest):
+            return [path]
+        if found := sorted(glob.glob(f"{glob.escape(folder)}{slash}{rest}")):
+            return found
+    return sorted(glob.glob(path))
 
 
 def _doubled(found: Sequence[str]) -> list[str]:
@@ -143,12 +167,41 @@ class Entry:
         nsamples: how many samples it holds.
         filesize: bytes; None: not known.
         sha256: of the file; None: not recorded.
+        labels: how many samples have which label; None: not recorded.
     """
 
     url: str
     nsamples: int
     filesize: int | None = None
     sha256: str | None = None
+    labels: dict[int, int] | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: names the field.
+        """
+        if not is_count(self.nsamples, 1):
+            raise ValueError(f"{self.url}: nsamples = {self.nsamples!r} is no number of samples")
+        if self.filesize is not None and not is_count(self.filesize, 0):
+            raise ValueError(f"{self.url}: filesize = {self.filesize!r} is no number of bytes")
+        if not isinstance(self.sha256, str | None):
+            raise ValueError(f"{self.url}: sha256 = {self.sha256!r}")
+        if self.labels is not None:
+            if not all(is_count(k, 0) and is_count(n, 1) for k, n in self.labels.items()):
+                raise ValueError(f"{self.url}: labels are no counts of samples by label")
+            if sum(self.labels.values()) != self.nsamples:
+                raise ValueError(f"{self.url}: labels of {sum(self.labels.values())} samples, nsamples = {self.nsamples}")
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that are known."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Whether a value is a whole number that samples, bytes or classes can have."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
 
 
 def parse_index(content: bytes, place: str) -> dict[str, Entry]:
@@ -160,15 +213,17 @@ def parse_index(content: bytes, place: str) -> dict[str, Entry]:
     try:
         entries: dict[str, Entry] = {}
         for item in json.loads(content)["shardlist"]:
-            entry = Entry(str(item["url"]), item["nsamples"], item.get("filesize"), item.get("sha256"))
-            if isinstance(entry.nsamples, bool) or not isinstance(entry.nsamples, int) or entry.nsamples < 1:
-                raise ValueError(f"{entry.url}: nsamples = {entry.nsamples!r}")
+            labels = item.get("labels")
+            counts = None if labels is None else {int(label): count for label, count in labels.items()}
+            entry = Entry(str(item["url"]), item["nsamples"], item.get("filesize"), item.get("sha256"), counts)
+            entry.check()
             if entry.url in entries:
                 raise ValueError(f"{entry.url} occurs twice")
             entries[entry.url] = entry
         return entries
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise DataError(f"{place}: is not an index of shards ({type(e).__name__}: {e}).") from e
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        what = "is empty" if not content.strip() else f"{type(e).__name__}: {e}"
+        raise DataError(f"{place}: is not an index of shards ({what}).") from e
 
 
 def read_index(place: str) -> dict[str, Entry]:
@@ -227,8 +282,11 @@ def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Pro
             found[url] = entry
             if (other := taken.setdefault((place, entry.url), url)) != url:
                 lines.append(f"{url}: {place} has one entry, {entry.url}, for it and for {other}")
-            if not is_remote(url) and os.path.isfile(url) and entry.filesize not in (None, size := os.path.getsize(url)):
+            size = os.path.getsize(url) if not is_remote(url) and os.path.isfile(url) else entry.filesize
+            if entry.filesize not in (None, size):
                 lines.append(f"{url}: has {size} bytes, {place} says {entry.filesize}")
+            elif size is not None and entry.nsamples * BLOCK > size:
+                lines.append(f"{url}: {entry.nsamples} samples, as {place} says, do not fit into {size} bytes")
         elif is_remote(url) or index is not None:
             lines.append(f"{url}: {'has no index' if place is None else f'is not in {place}'}")
     if lines:
@@ -241,7 +299,8 @@ def find_entries(urls: Iterable[str], index: str | None, key: str, problems: Pro
 def write_index(folder: str | os.PathLike[str], entries: Iterable[Entry]) -> Path:
     """Put entries into a folder's index. The file is the old or the new one; several may write at once, where folders can be locked.
 
-    Entries of other shards stay, if they are remote or as long as their files exist. A hash that was recorded before is taken anew.
+    Entries of other shards stay, if they are remote or as long as their files exist. A hash and labels that were recorded before are taken
+    anew.
 
     Raises:
         DataError: the index that is there cannot be read.
@@ -252,15 +311,31 @@ def write_index(folder: str | os.PathLike[str], entries: Iterable[Entry]) -> Pat
         merged = {name: e for name, e in old.items() if is_remote(name) or (path.parent / name).is_file()}
         for e in entries:
             hashed = e.sha256 is None and e.url in old and old[e.url].sha256 is not None
-            merged[e.url] = replace(e, sha256=file_hash(path.parent / e.url)) if hashed else e
-        content = {
-            "wids_version": 1,
-            "shardlist": [{k: v for k, v in asdict(merged[name]).items() if v is not None} for name in sorted(merged)],
-        }
+            labelled = e.labels is None and e.url in old and old[e.url].labels is not None
+            e = replace(e, sha256=file_hash(path.parent / e.url)) if hashed else e
+            merged[e.url] = replace(e, labels=labels_of(str(path.parent / e.url))) if labelled else e
+        shards = ",\n".join(json.dumps(merged[name].as_json()) for name in sorted(merged))
         partial = path.with_name(f".{INDEX}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(f'{{"wids_version": 1, "shardlist": [\n{shards}\n]}}\n', encoding="utf-8")
         os.replace(partial, path)
     return path
+
+
+def labels_of(path: str, num_classes: int | None = None) -> dict[int, int]:
+    """How many samples of a local shard have which label.
+
+    Args:
+        path: of the shard.
+        num_classes: labels must be below it; None: any that are not negative.
+
+    Raises:
+        DataError: the shard is damaged, or labels are missing, no integers or out of range; lists them.
+    """
+    samples = scan_shard(path)
+    labels, lines = read_labels(path, [s[0] for s in samples], [s[1] for s in samples], [s[2] for s in samples], num_classes)
+    if lines:
+        raise unusable_labels(lines, path)
+    return count_labels(labels)
 
 
 @contextmanager
@@ -275,6 +350,23 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(place)
 
 
+def check_labels(urls: Sequence[str], entries: Mapping[str, Entry], num_classes: int) -> list[str]:
+    """A line for every shard whose recorded labels the model has no class for.
+
+    Args:
+        urls: shards.
+        entries: what indices say of them.
+        num_classes: labels must be below it.
+    """
+    lines = []
+    for url in urls:
+        wrong = [label for label in entries[url].labels or {} if label >= num_classes] if url in entries else []
+        if wrong:
+            more = f" (and {len(wrong) - 1} other labels)" if len(wrong) > 1 else ""
+            lines.append(outside(max(wrong), num_classes, f"{url}: by its index") + more)
+    return lines
+
+
 # --- what a split is -------------------------------------------------------------------------------------------------------------------
 
 
@@ -287,12 +379,14 @@ class ShardList:
         counts: (S,) samples of each.
         sizes: (S,) bytes of each; -1: not known.
         keys: WebDataset keys of all samples, where the headers were read.
+        labels: how many of all samples have which label, where that is known.
     """
 
     urls: tuple[str, ...]
     counts: NDArray[np.int64]
     sizes: NDArray[np.int64]
     keys: StringTable | None = None
+    labels: dict[int, int] | None = None
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -310,10 +404,13 @@ class ShardList:
     def of(cls, urls: Sequence[str], entries: Mapping[str, Entry]) -> ShardList:
         """As indices say."""
         sizes = [-1 if (size := entries[u].filesize) is None else size for u in urls]
-        return cls(tuple(urls), np.array([entries[u].nsamples for u in urls], np.int64), np.array(sizes, np.int64))
+        counted = [entry.labels for u in urls if (entry := entries[u]).labels is not None]
+        labels = add_counts(counted) if len(counted) == len(urls) else None
+        return cls(tuple(urls), np.array([entries[u].nsamples for u in urls], np.int64), np.array(sizes, np.int64), labels=labels)
 
     @classmethod
     def scanned(cls, index: ShardIndex) -> ShardList:
         """As the headers of local shards say."""
         sizes = np.array([os.path.getsize(p) for p in index.paths], np.int64)
-        return cls(index.paths, np.diff(index.starts), sizes, index.keys)
+        labels = None if index.labels is None else count_labels(index.labels)
+        return cls(index.paths, np.diff(index.starts), sizes, index.keys, labels)

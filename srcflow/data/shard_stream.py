@@ -17,10 +17,10 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from srcflow.data.batches import Bad, Sample, collate, collate_tolerantly
-from srcflow.data.image_shards import NO_LABEL
 from srcflow.data.images import ImageSource
 from srcflow.data.sampler import Draw
-from srcflow.data.shard_index import LABELS, METADATA, grouped, parse_label, parts, split_name
+from srcflow.data.shard_index import ENCODING, LABELS, METADATA, grouped, is_file, parts, split_name
+from srcflow.data.shard_labels import NO_LABEL, parse_label
 from srcflow.data.shard_plan import Ints, Piece, ShardPlan, global_indices, pieces_between
 from srcflow.data.shard_sources import ShardList, file_name, open_shard
 from srcflow.data.transforms import EXTENSIONS, ImageTransform
@@ -53,6 +53,10 @@ class ShardImages(ImageSource):
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    def label_counts(self) -> dict[int, int] | None:
+        """How many samples have which label; None where that was not recorded."""
+        return self.shards.labels
 
     def key(self, index: int) -> str:
         """The WebDataset key, or, where no header was read yet, the shard's name and the sample's number in it."""
@@ -125,9 +129,9 @@ class ShardImages(ImageSource):
         keys, start = self.shards.keys, int(self.shards.counts[:shard].sum())
         stream = open_shard(url)
         try:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
+            with tarfile.open(fileobj=stream, mode="r|", **ENCODING) as tar:
                 position = -1
-                for position, (key, files) in enumerate(grouped(url, _files(tar, take))):
+                for position, (key, files) in enumerate(grouped(url, _files(url, tar, take))):
                     if position >= count:
                         raise DataError(f"{url}: holds more samples than the {count} its index says: {key!r} is one too many.")
                     if keys is not None and keys[start + position] != key:
@@ -142,8 +146,11 @@ class ShardImages(ImageSource):
             while stream.read(1 << 20):  # what pads the archive; a command that is cut off would report an error
                 pass
             stream.close()
-        except (tarfile.TarError, OSError, EOFError) as e:
-            raise DataError(f"{url}: cannot be read: {e}{_status(stream)}. It is damaged, or no tar archive.") from e
+        except DataError:
+            raise
+        except Exception as e:  # damaged headers make tarfile raise of every kind
+            why = f"{str(e) or type(e).__name__}{_status(stream)}"
+            raise DataError(f"{url}: cannot be read: {why}. It is damaged, or no tar archive.") from e
         finally:
             _drop(stream)
         if position + 1 != count:
@@ -151,12 +158,16 @@ class ShardImages(ImageSource):
         yield pending
 
 
-def _files(tar: tarfile.TarFile, take: Callable[[int], bool]) -> Iterator[tuple[str, bytes | None]]:
-    """Names of an archive's files, and the content of those that are needed."""
+def _files(url: str, tar: tarfile.TarFile, take: Callable[[int], bool]) -> Iterator[tuple[str, bytes | None]]:
+    """Names of an archive's files, and the content of those that are needed.
+
+    Raises:
+        DataError: a link, or the like, in place of a file.
+    """
     position, current = -1, None
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-        if not member.isreg() or METADATA.match(member.name):
+        if METADATA.match(member.name) or not is_file(url, member):
             continue
         key, extension = split_name(member.name)
         if key != current:

@@ -16,6 +16,11 @@ class StringTable:
     >>> len(table), table[2]
     (3, 'müsli')
 
+    Names of files that are not UTF-8 keep their bytes, as Python's `surrogateescape` has it; `errors.printable` makes them readable.
+
+    >>> StringTable.of([b"caf\\xe9".decode(errors="surrogateescape")]).blob.tobytes()
+    b'caf\\xe9'
+
     Args:
         blob: (total,) uint8, all strings in UTF-8, one after the other.
         offsets: (n + 1,) int64, where each string begins, and the end of the last.
@@ -27,7 +32,7 @@ class StringTable:
     @classmethod
     def of(cls, strings: Iterable[str]) -> StringTable:
         """A table of the given strings."""
-        encoded = [s.encode() for s in strings]
+        encoded = [s.encode(errors="surrogateescape") for s in strings]
         offsets = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(e) for e in encoded], out=offsets[1:])
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
@@ -39,4 +44,4 @@ class StringTable:
         if not 0 <= i < len(self):
             raise IndexError(i)
         piece: Any = self.blob[int(self.offsets[i]) : int(self.offsets[i + 1])]
-        return bytes(piece).decode()
+        return bytes(piece).decode(errors="surrogateescape")

@@ -8,10 +8,12 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from srcflow.data.batches import BadSamples, as_batch, as_training_batch
 from srcflow.data.sampler import KeyedSampler
+from srcflow.data.shard_labels import without_samples
 from srcflow.data.workers import worker_start
 from srcflow.errors import ConfigError, Problems
 from srcflow.types import Batch
@@ -211,6 +213,19 @@ class DataModule(L.LightningDataModule, ABC):
             with problems.collect():
                 self.check_training(len(self.dataset("train", training=True)), self.share()[1])
         problems.raise_if_any()
+        if stage == "fit" and self.num_classes:
+            counts = self.label_counts()
+            never = "" if counts is None else without_samples(counts, self.num_classes)
+            if counts is not None and never:
+                rank_zero_warn(
+                    f"the training data have no sample of {self.num_classes - len(counts)} of the {self.num_classes} classes: {never}. "
+                    "They would not be trained, but sampled. Is data.num_classes right?"
+                )
+
+    def label_counts(self) -> Mapping[int, int] | None:
+        """How many training samples have which label; None where that is known only after reading them."""
+        count = getattr(self.dataset("train", training=True), "label_counts", None)
+        return None if count is None else cast(Mapping[int, int] | None, count())
 
     def check_training(self, samples: int, world_size: int) -> None:
         """Whether training can be fed.

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from srcflow.data.feature_store import FeatureStoreDataset
+from srcflow.data.shard_labels import count_labels
 from srcflow.datamodules.base import SPLITS, DataModule, Split
 from srcflow.errors import ConfigError
 
@@ -62,9 +63,12 @@ class FeatureStore(DataModule):
         if self.num_classes == 0:
             data.labels[:] = -1
         for _, other in sorted(self._opened.items())[:1]:
-            common = ("encoder", "grid", "dim", "dtype", "image_size", "precision")
+            common = ("encoder", "transform", "grid", "dim", "dtype", "image_size", "precision")
             data.check({name: getattr(other.manifest, name) for name in common})
         return data
+
+    def label_counts(self) -> Mapping[int, int] | None:
+        return count_labels(self.dataset("train", training=True).labels)
 
     def describe(self, split: Split) -> dict[str, Any]:
         manifest = self.dataset(split, training=split == "train").manifest.as_dict()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
 from srcflow.data.image_folder import ImageFolderDataset, resolve_classes
 from srcflow.data.transforms import ImageTransform
 from srcflow.datamodules.base import SPLITS, DataModule, Split
+from srcflow.errors import printable
 
 
 class ImageFolder(DataModule):
-    """Images (jpg, jpeg, png, webp) in folders, with one sub-folder per class, or without labels.
+    """Images (jpg, png, webp, and what else `data.transforms.FORMATS` lists) in folders, with one sub-folder per class, or without labels.
 
-    Labels are positions in the sorted names of the training folder's sub-folders. EXIF orientation is ignored.
+    Labels are positions in the sorted names of the training folder's sub-folders, each of which must have images. Links are followed;
+    hidden files and files of other kinds are left out, and counted in one line (`data.folder_walk`).
 
     Args:
         train: folder of the training images.
@@ -27,6 +30,8 @@ class ImageFolder(DataModule):
             centre.
         resize: short side before the random crop (RAE: 384 for size 256); None means `size`.
         flip: mirror training images with probability 1/2.
+        exif: "transpose": images are turned upright as their EXIF orientation says, as viewers show them; "ignore": pixels as they are
+            stored, as ADM's protocol has them.
         num_workers: loader processes per rank.
         seed: key of the order, crops and flips.
         max_bad_fraction: training images that cannot be decoded are counted, named and replaced by others of this rank; the run stops
@@ -34,7 +39,8 @@ class ImageFolder(DataModule):
 
     Raises:
         ConfigError: sizes that do not fit each other; in setup: another number of classes than found.
-        DataError: in setup: missing or empty folders; in a loader: files that cannot be decoded (names them).
+        DataError: in setup: missing or empty folders, classes without images, links to nothing; in a loader: files that
+            cannot be decoded (names them).
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class ImageFolder(DataModule):
         crop: Literal["centre", "random"] = "centre",
         resize: int | None = None,
         flip: bool = False,
+        exif: Literal["transpose", "ignore"] = "transpose",
         num_workers: int = 0,
         seed: int = 0,
         max_bad_fraction: float = 1e-3,
@@ -57,7 +64,7 @@ class ImageFolder(DataModule):
             batch_size=batch_size, num_workers=num_workers, num_classes=num_classes, seed=seed, max_bad_fraction=max_bad_fraction
         )
         self.places: dict[Split, str | None] = {"train": train, "val": val, "test": test}
-        self.transform = ImageTransform(size, crop, resize, flip, seed)
+        self.transform = ImageTransform(size, crop, resize, flip, seed, exif)
 
     def place(self, split: Split) -> str | None:
         return self.places[split]
@@ -65,7 +72,11 @@ class ImageFolder(DataModule):
     def open(self, split: Split, training: bool) -> Dataset[Any]:
         transform = self.transform if training else self.transform.evaluation()
         folders = [p for s in SPLITS if (p := self.places[s]) is not None]
-        return ImageFolderDataset(str(self.places[split]), transform, resolve_classes(folders, self.num_classes), tolerant=training)
+        classes = resolve_classes(folders, self.num_classes)
+        data = ImageFolderDataset(str(self.places[split]), transform, classes, tolerant=training)
+        if data.unused and (split, not training) not in self._opened:  # said once
+            rank_zero_info(printable(data.unused))
+        return data
 
     def describe(self, split: Split) -> dict[str, Any]:
         data = self.dataset(split, training=split == "train")

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from srcflow.data.image_shards import ImageShardsDataset
 from srcflow.data.images import ImageSource
 from srcflow.data.shard_index import ShardIndex, scan_shard
+from srcflow.data.shard_labels import unusable_labels
 from srcflow.data.shard_plan import ShardPlan, default_streams
-from srcflow.data.shard_sources import Entry, ShardList, find_entries, is_remote, resolve, unusable
+from srcflow.data.shard_sources import Entry, ShardList, check_labels, find_entries, is_remote, labels_of, resolve, unusable
 from srcflow.data.shard_stream import EvaluationStream, ShardImages, TrainingStream
 from srcflow.data.transforms import ImageTransform
 from srcflow.datamodules.base import DataModule, Split
@@ -21,13 +22,15 @@ START_METHODS = ("fork", "spawn", "forkserver")
 
 
 class ImageShards(DataModule):
-    """Images in WebDataset tar shards: one jpg, jpeg, png or webp per sample, and a label as `cls` or as "label" in a `json`.
+    """Images in WebDataset tar shards: one image per sample (a jpg, png or webp, or one in another of `data.transforms.FORMATS`), and a
+    label as `cls` or as "label" in a `json`.
 
     A split is a path, a URL (http, https, and what else webdataset opens), a command (`pipe:aws s3 cp s3://... -`), with a brace range
     (`data/train-{000000..000054}.tar`) or, of local files, a glob (`data/train-*.tar`), or a list of these; the order given is the order
     of the global sample index. An `index.json` beside the shards says how many samples each holds (`srcflow index` writes it). URLs and
-    commands need it; local shards are checked against it, and without one their headers are read in setup (about 20 microseconds per
-    file in a shard).
+    commands need it; local shards are checked against it. For random access, and without an index, the headers and labels of local
+    shards are read in setup (about 20 microseconds per file in a shard). Labels of shards that are streamed by an index are checked in
+    setup if it records them (`srcflow index --labels`), otherwise when they are read.
 
     Args:
         train: shards of the training images.
@@ -46,6 +49,8 @@ class ImageShards(DataModule):
             centre.
         resize: short side before the random crop (RAE: 384 for size 256); None means `size`.
         flip: mirror training images with probability 1/2.
+        exif: "transpose": images are turned upright as their EXIF orientation says, as viewers show them; "ignore": pixels as they are
+            stored, as ADM's protocol has them.
         num_workers: loader processes per rank.
         start_method: how these, if there are any, are started: "fork", "spawn" or "forkserver"; None: the platform's way.
         seed: key of the order, crops and flips.
@@ -54,8 +59,9 @@ class ImageShards(DataModule):
 
     Raises:
         ConfigError: sizes that do not fit each other, options without effect; in setup: fewer shards or streams than ranks x workers.
-        DataError: in setup: shards that are missing, empty, cut, damaged, without an index or other than it says (all are listed); in a
-            loader: a shard that ends early or goes on too long, images that cannot be decoded (names them).
+        DataError: in setup: shards that are missing, empty, cut, damaged, without an index or other than it says, and labels that are
+            missing, no integers or out of range (all are listed); in a loader: a shard that ends early or goes on too long, images that
+            cannot be decoded (names them).
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class ImageShards(DataModule):
         crop: Literal["centre", "random"] = "centre",
         resize: int | None = None,
         flip: bool = False,
+        exif: Literal["transpose", "ignore"] = "transpose",
         num_workers: int = 0,
         start_method: Literal["fork", "spawn", "forkserver"] | None = None,
         seed: int = 0,
@@ -94,7 +101,7 @@ class ImageShards(DataModule):
             problem = "has no effect without loader processes (data.num_workers = 0)."
             raise ConfigError("data.start_method", start_method, problem, "Remove it, or raise data.num_workers.")
         self.places: dict[Split, Shards | None] = {"train": train, "val": val, "test": test}
-        self.transform = ImageTransform(size, crop, resize, flip, seed)
+        self.transform = ImageTransform(size, crop, resize, flip, seed, exif)
         self.mode, self.streams, self.shuffle_buffer, self.index, self.start_method = mode, streams, shuffle_buffer, index, start_method
         self._indices: dict[Split, ShardIndex] = {}
 
@@ -131,13 +138,16 @@ class ImageShards(DataModule):
             for url in urls:
                 if url not in entries:  # a local one beside remote ones
                     with problems.collect():
-                        entries[url] = Entry(url, len(scan_shard(url)), os.path.getsize(url))
+                        counted = labels_of(url, self.num_classes) if self.num_classes else None
+                        entries[url] = Entry(url, len(scan_shard(url)), os.path.getsize(url), labels=counted)
+            if self.num_classes and (wrong := check_labels(urls, entries, self.num_classes)):
+                problems.add(unusable_labels(wrong, f"data.{split}"))
             problems.raise_if_any()
             return ShardList.of(urls, entries)
         with problems.collect():
             if split not in self._indices:
                 expected = {url: entry.nsamples for url, entry in entries.items()}
-                self._indices[split] = ShardIndex.scan([u for u in urls if u not in bad], expected)
+                self._indices[split] = ShardIndex.scan([u for u in urls if u not in bad], expected, self.num_classes)
         if problems.found:
             self._indices.pop(split, None)
         problems.raise_if_any()

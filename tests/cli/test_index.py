@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from srcflow.data import shard_sources
 from srcflow.data.shard_sources import Entry, read_index, write_index
 from srcflow.errors import ConfigError, DataError, ProblemsError
 
-from ..data.made_shards import damaged, shards, write
+from ..data.made_shards import damaged, shards, special, write
 
 
 def index(*arguments: str) -> None:
@@ -92,3 +93,52 @@ def test_two_that_write_an_index_at_once_lose_nothing(tmp_path: Path, monkeypatc
     go_on.set()
     one.join()
     assert len(plain(str(tmp_path / "index.json"))) == 3
+
+
+def test_labels_are_counted_recorded_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = shards(tmp_path, [12, 3])
+    index(*paths, "--labels", "--num_classes", "13")
+    said = capsys.readouterr().out
+    assert "2 shards with 15 samples" in said
+    assert "labels 0 .. 9: 10 classes with samples, from 1 (class 5) to 2 (class 0) in each." in said
+    assert "0: 2, 1: 2, 2: 2, 3: 2, 4: 2, 5: 1" in said
+    assert "3 of 13 classes have no samples: 10-12" in said
+    assert read_index(str(tmp_path / "index.json"))["s-001.tar"].labels == {2: 1, 3: 1, 4: 1}
+    index(*paths, "--labels", "--check")
+    assert "no samples" not in capsys.readouterr().out
+    write(Path(paths[1]), [("a.png", b"1"), ("a.cls", b"5")])
+    with pytest.raises(DataError, match=r"s-001\.tar: labels is \{5: 1\}, the index says \{2: 1, 3: 1, 4: 1\}"):
+        index(*paths, "--labels", "--check")
+
+
+def test_labels_out_of_range_are_all_named(tmp_path: Path) -> None:
+    paths = shards(tmp_path, [12, 3])
+    with pytest.raises(ProblemsError, match=r"(?s)a/0002: label 2 is not in 0 \.\. 1.*a/0009: label 9.*a/0014: label 4"):
+        index(*paths, "--labels", "--num_classes", "2")
+    plain = write(tmp_path / "plain.tar", [("a.png", b"1")])
+    with pytest.raises(DataError, match=r"plain\.tar: a: has no label"):
+        index(str(plain), "--labels")
+    with pytest.raises(ConfigError, match=r"num_classes = 3: has no effect without --labels"):
+        index(*paths, "--num_classes", "3")
+    with pytest.raises(ConfigError, match=r"num_classes = 0: must be at least 1"):
+        index(*paths, "--labels", "--num_classes", "0")
+
+
+def test_links_in_shards_are_not_counted_away(tmp_path: Path) -> None:
+    path = special(tmp_path / "a.tar", "b.png", tarfile.LNKTYPE)
+    with pytest.raises(DataError, match=r"a\.tar: b\.png is a hard link to a\.png"):
+        index(str(path))
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a shard, of its folder and of what is in it."""
+    name = b"caf\xe9".decode(errors="surrogateescape")
+    (tmp_path / name).mkdir()
+    path = write(tmp_path / name / f"{name}.tar", [(f"{name}.png", b"1")])
+    index(str(path), "--sha256")
+    said = capsys.readouterr().out
+    assert r"caf\xe9/index.json, for 1 shards" in said
+    said.encode()
+    assert read_index(str(tmp_path / name / "index.json"))[f"{name}.tar"].nsamples == 1
+    index(str(path), "--check", "--sha256")

@@ -223,6 +223,20 @@ def test_configurations_of_other_versions_are_compared_in_what_both_know() -> No
     assert set(run_directory.differences(old, new)) == {"model.guidance", "model.list.1.a", "model.gone", "model.added"}
 
 
+def test_a_run_from_before_there_was_a_choice_about_exif_ignored_it(command: list[str], tmp_path: Path) -> None:
+    """It goes on with the pixels that it began with, or says what differs; also where its version is another one."""
+    main([*command, "--data.exif", "ignore"])
+    old = record(tmp_path)
+    for part in (old["identity"]["data"]["init_args"], old["identity"]["data"]["content"]["transform"], old["config"]["data"]["init_args"]):
+        assert part.pop("exif") == "ignore"
+    for version in (old["starts"][-1]["srcflow"], "0.0.1"):
+        old["starts"][-1]["srcflow"] = version
+        (tmp_path / "run/run.json").write_text(json.dumps(old))
+        with pytest.raises(ManifestMismatchError, match=r"data\.init_args\.exif: stored 'ignore', this run 'transpose'"):
+            main([*command, "--ckpt_path", "last"])
+        main([*command, "--ckpt_path", "last", "--data.exif", "ignore"])
+
+
 def test_every_key_that_is_left_out_is_an_option(data: Path) -> None:
     """A list of keys that nobody has any more would hide nothing."""
     import inspect

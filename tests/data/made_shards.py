@@ -27,6 +27,19 @@ def write(path: Path, files: list[tuple[str, bytes]], form: int = tarfile.USTAR_
     return path
 
 
+def special(path: Path, name: str, kind: bytes, to: str = "a.png", form: int = tarfile.GNU_FORMAT) -> Path:
+    """A tar file of one plain sample and a member of another kind."""
+    with tarfile.open(path, "w", format=form) as tar:
+        for plain, data in (("a.png", png(1)), ("a.cls", b"1")):
+            info = tarfile.TarInfo(plain)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, to if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE) else ""
+        tar.addfile(info)
+    return path
+
+
 def shards(folder: Path, sizes: list[int], bad: tuple[int, ...] = (), name: str = "s") -> list[str]:
     """Shards whose sample i is a plain image of red i with label i % 10 (or, if it is bad, no image)."""
     paths, i = [], 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from srcflow.data.shard_index import ShardIndex
-from srcflow.data.shard_sources import Entry, expand, find_entries, index_of, read_index, write_index
+from srcflow.data.shard_sources import Entry, ShardList, expand, find_entries, index_of, labels_of, read_index, write_index
 from srcflow.errors import DataError, Problems
 
 from .made_shards import shards
@@ -58,7 +58,14 @@ def test_an_index_is_merged_and_forgets_shards_that_are_gone(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{}", '{"shardlist": [{"url": "a"}]}', '{"shardlist": [{"url": "a", "nsamples": "3"}]}', '{"shardlist": [3]}',
-     '{"shardlist": [{"url": "a", "nsamples": 1}, {"url": "a", "nsamples": 1}]}'],
+     '{"shardlist": [{"url": "a", "nsamples": 1}, {"url": "a", "nsamples": 1}]}', '{"shardlist": [{"url": "a", "nsamples": 1e30}]}',
+     '{"shardlist": [{"url": "a", "nsamples": 1' + 30 * "0" + "}]}", '{"shardlist": [{"url": "a", "nsamples": -3}]}',
+     '{"shardlist": [{"url": "a", "nsamples": 3.0}]}', '{"shardlist": [{"url": "a", "nsamples": true}]}', '{"shardlist": {"a": 1}}',
+     '{"shardlist": [{"url": "a", "nsamples": 3, "filesize": "1 GB"}]}', '{"shardlist": [{"url": "a", "nsamples": 3, "filesize": -1}]}',
+     '{"shardlist": [{"url": "a", "nsamples": 3, "sha256": 7}]}', '{"shardlist": [{"url": "a", "nsamples": 3, "labels": [3]}]}',
+     '{"shardlist": [{"url": "a", "nsamples": 3, "labels": {"cat": 3}}]}',
+     '{"shardlist": [{"url": "a", "nsamples": 3, "labels": {"0": 2}}]}',
+     '{"shardlist": [{"url": "a", "nsamples": 3, "labels": {"-1": 3}}]}', 100_000 * "[", "not JSON", "\x00"],
 )  # fmt: skip
 def test_what_is_no_index_is_refused(content: str, tmp_path: Path) -> None:
     place = tmp_path / "index.json"
@@ -110,3 +117,49 @@ def test_one_shard_under_two_names_is_refused(tmp_path: Path, monkeypatch: pytes
     find_entries(["https://host/a/s-0.tar", "https://host/b/s-0.tar"], str(tmp_path / "index.json"), "data.train", problems)
     with pytest.raises(DataError, match=r"b/s-0\.tar: .*index\.json has one entry, s-0\.tar, for it and for https://host/a/s-0\.tar"):
         problems.raise_if_any()
+
+
+def test_more_samples_than_bytes_are_refused(tmp_path: Path) -> None:
+    (path,) = shards(tmp_path, [2])
+    write_index(tmp_path, [Entry("s-000.tar", 10**9, Path(path).stat().st_size)])
+    for urls in ([path], [f"pipe:cat {path}"]):
+        problems = Problems()
+        find_entries(urls, str(tmp_path / "index.json"), "data.train", problems)
+        with pytest.raises(DataError, match=r"s-000\.tar: 1000000000 samples, as .*index\.json says, do not fit into \d+ bytes"):
+            problems.raise_if_any()
+
+
+def test_labels_in_an_index(tmp_path: Path) -> None:
+    first, second = shards(tmp_path, [12, 3])
+    entries = [Entry("s-000.tar", 12, labels=labels_of(first)), Entry("s-001.tar", 3)]
+    write_index(tmp_path, entries)
+    known = read_index(str(tmp_path / "index.json"))
+    assert known["s-000.tar"] == entries[0]
+    assert known["s-000.tar"].labels == {0: 2, 1: 2, **dict.fromkeys(range(2, 10), 1)}
+    assert known["s-001.tar"].labels is None
+    assert ShardList.of([first, second], {first: entries[0], second: entries[1]}).labels is None
+    whole = {first: entries[0], second: Entry("s-001.tar", 3, labels=labels_of(second))}
+    assert ShardList.of([first, second], whole).labels == {i: 2 if i < 5 else 1 for i in range(10)}
+    assert ShardList.of([first, second], whole).fingerprint() == ShardList.of([first, second], {**whole, second: entries[1]}).fingerprint()
+    shards(tmp_path, [11])
+    write_index(tmp_path, [Entry("s-000.tar", 11)])  # what was recorded before is counted anew
+    assert read_index(str(tmp_path / "index.json"))["s-000.tar"].labels == {0: 2, **dict.fromkeys(range(1, 10), 1)}
+    with pytest.raises(DataError, match=r"s-000\.tar: a/0009: label 9 is not in 0 \.\. 8"):
+        labels_of(first, 9)
+
+
+def test_brackets_in_names_of_folders_stand_for_themselves(tmp_path: Path) -> None:
+    """Where there is such a folder; a pattern for characters is what they are otherwise."""
+    odd = tmp_path / "photos [v2]" / "part*"
+    odd.mkdir(parents=True)
+    paths = shards(odd, [1, 1, 1])
+    for pattern in (f"{odd}/s-*.tar", f"{odd}/s-{{000..002}}.tar", f"{tmp_path}/photos [v2]/*/s-*.tar"):
+        assert expand(pattern, "data.val") == paths
+    assert expand(f"{odd}/s-00[12].tar", "data.val") == paths[1:]
+    (tmp_path / "a1").mkdir()
+    (other,) = shards(tmp_path / "a1", [1])
+    assert expand(f"{tmp_path}/a[123]/s-*.tar", "data.val") == [other]
+    with pytest.raises(DataError, match=r"s-003\.tar: no such file"):
+        expand(f"{odd}/s-003.tar", "data.val")
+    with pytest.raises(DataError, match=r"b\[12\]/\*\.tar: matches no file \(\[\.\.\.\] is a pattern .*write \[\[\]"):
+        expand(f"{tmp_path}/b[12]/*.tar", "data.val")

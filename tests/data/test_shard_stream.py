@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
 import shutil
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from srcflow.data.shard_stream import EvaluationStream, ShardImages, TrainingStr
 from srcflow.data.transforms import ImageTransform
 from srcflow.errors import DataError, UndecodableError
 
-from .made_shards import damaged, png, shards, write
+from .made_shards import damaged, png, shards, special, write
 
 SIZES = [9, 1, 5, 2, 2, 4]
 
@@ -203,3 +205,22 @@ def test_evaluation_sees_each_sample_once_in_equal_steps(world: int, batch: int,
     valid = [i for rank in ranks for b, _ in rank for i in b["indices"][b["valid"]].tolist()]
     assert valid == list(range(limit or sum(SIZES)))
     assert all((b["images"][:, 0, 0, 0] == b["indices"]).all() for rank in ranks for b, _ in rank)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE])
+def test_members_that_are_no_files_are_errors(kind: bytes, tmp_path: Path) -> None:
+    path = special(tmp_path / "a.tar", "b.png", kind)
+    with pytest.raises(DataError, match=r"a\.tar: b\.png is a .*lost in silence"):
+        everything(images([str(path)], [2]))
+
+
+def test_names_in_latin_1_are_names(tmp_path: Path) -> None:
+    raw = "caf\xe9"
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, data in ((f"{raw}.png", png(0)), (f"{raw}.cls", b"0")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    path = str(tmp_path / "a.tar")
+    assert everything(images([path])) == everything(images([path], [1])) == [0]
+    assert images([path]).key(0).encode(errors="surrogateescape") == raw.encode("latin-1")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import webdataset as wds
 from PIL import Image
 from torch import Tensor
 
+from srcflow.cli import main
 from srcflow.data.feature_store import FeatureStoreWriter
 from srcflow.datamodules.base import DataModule
 from srcflow.datamodules.feature_store import FeatureStore
@@ -233,3 +235,113 @@ def test_constructors_touch_no_file() -> None:
     ImageFolder("nowhere", num_classes=3)
     ImageShards("nowhere-{0..9}.tar")
     FeatureStore("nowhere")
+
+
+@pytest.mark.parametrize("kind", ["map", "store"])
+def test_classes_that_training_never_sees_are_named(kind: str, place: Path) -> None:
+    with pytest.warns(UserWarning, match=r"no sample of 4 of the 7 classes: 3-6\. They would not be trained"):
+        make(kind, place, num_classes=7).setup("fit")
+    make(kind, place, num_classes=7).setup("test")  # a small test set is nothing to speak of
+    make(kind, place).setup("fit")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_label_without_a_class_is_found_before_training(split: str, place: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "late.tar")
+    with wds.TarWriter(path) as writer:
+        for i in range(8):
+            writer.write({"__key__": f"{i:03d}", "png": Image.new("RGB", (8, 8)), "cls": 3 if i == 6 else i % 3})
+    splits = {"train": str(place / "train-0.tar"), "val": str(place / "val-0.tar"), split: path}
+    data = ImageShards(**splits, size=8, num_classes=3, batch_size=4)
+    with pytest.raises(DataError, match=r"late\.tar: 006: label 3 is not in 0 \.\. 2 \(data\.num_classes = 3\)"):
+        data.setup("fit")
+    ImageShards(**splits, size=8, num_classes=0, batch_size=4).setup("fit")
+
+
+def test_recorded_labels_of_a_stream_are_checked_before_training(tmp_path: Path) -> None:
+    """Of shards that are not read in setup."""
+    for shard in range(2):
+        with wds.TarWriter(str(tmp_path / f"s-{shard}.tar")) as writer:
+            for i in range(4):
+                writer.write({"__key__": f"{i:03d}", "png": Image.new("RGB", (8, 8)), "cls": i + shard})
+    main(["index", f"{tmp_path}/s-*.tar", "--labels"])
+    remote = {"train": f"pipe:cat {tmp_path}/s-{{0..1}}.tar", "index": str(tmp_path / "index.json")}
+    for places in ({"train": f"{tmp_path}/s-*.tar"}, remote):
+        data = ImageShards(**places, size=8, num_classes=4, batch_size=4, mode="stream")
+        with pytest.raises(DataError, match=r"s-1\.tar: by its index: label 4 is not in 0 \.\. 3"):
+            data.setup("fit")
+        with pytest.warns(UserWarning, match=r"no sample of 2 of the 7 classes: 5-6\."):
+            ImageShards(**places, size=8, num_classes=7, batch_size=4, mode="stream").setup("fit")
+
+
+def test_what_is_not_used_is_said_once(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(place / "folder" / "val", tmp_path / "val")
+    (tmp_path / "val" / "class0" / "notes.txt").write_text("x")
+    data = ImageFolder(str(tmp_path / "val"), size=8, num_classes=3, batch_size=2)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+        data.dataset("train")
+    assert [r.message for r in caplog.records if "notes.txt" in r.message] == [
+        f"{tmp_path}/val: not used: 1 files of other kinds (1 .txt), e.g. class0/notes.txt."
+    ]
+
+
+def test_images_are_upright_unless_told_otherwise(place: Path, tmp_path: Path) -> None:
+    """A red left half becomes a red upper one: in a folder and in shards, in training and in evaluation."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (8, 8))
+    image.paste((255, 0, 0), (0, 0, 4, 8))
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "0.png", exif=exif)
+    with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "0", "png": (tmp_path / "a" / "0.png").read_bytes()})
+    prints = []
+    for options in ({}, {"exif": "ignore"}):
+        for data in (
+            ImageFolder(str(tmp_path / "a"), test=str(tmp_path / "a"), size=8, batch_size=1, **options),  # type: ignore[arg-type]
+            ImageShards(str(tmp_path / "a.tar"), test=str(tmp_path / "a.tar"), size=8, batch_size=1, **options),  # type: ignore[arg-type]
+        ):
+            for training in (True, False):
+                red = data.dataset("train" if training else "test", training=training)[0]["image"][0]
+                assert red[1, 6] == (0 if options else 255)
+                assert red[6, 1] == (255 if options else 0)
+            prints.append(data.fingerprint()["train"])
+    assert [p["transform"]["exif"] for p in prints] == ["transpose", "transpose", "ignore", "ignore"]
+    assert prints[0] != prints[2]
+
+
+def test_stores_of_another_orientation_do_not_belong_together(tmp_path: Path) -> None:
+    """One that does not say was written when orientation was ignored."""
+    for name, transform in (("old", {"size": 8}), ("new", {"size": 8, "exif": "transpose"}), ("plain", {"size": 8, "exif": "ignore"})):
+        facts: dict[str, Any] = {"grid": (1, 1), "transform": transform}
+        with FeatureStoreWriter(tmp_path / name, n=1, tokens=1, dim=1, image_size=(8, 8), manifest=facts) as store:
+            key = b"caf\xe9/0".decode(errors="surrogateescape")
+            store.write(
+                torch.arange(1), torch.zeros(1, 1, 1), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), [key]
+            )
+
+    def both(train: str, val: str) -> FeatureStore:
+        data = FeatureStore(str(tmp_path / train), str(tmp_path / val), batch_size=1)
+        data.setup("fit")
+        return data
+
+    assert both("old", "plain").dataset("train", training=True).key(0) == b"caf\xe9/0".decode(errors="surrogateescape")
+    assert both("old", "plain").fingerprint()["train"]["transform"]["exif"] == "ignore"
+    with pytest.raises(ManifestMismatchError, match=r"transform\.exif: stored '(ignore|transpose)', this run '(ignore|transpose)'"):
+        both("old", "new")
+    old = FeatureStore(str(tmp_path / "old"), batch_size=1)
+    old.check({"transform": {"size": 8, "exif": "ignore"}})
+    with pytest.raises(ManifestMismatchError, match=r"transform\.exif: stored 'ignore', this run 'transpose'"):
+        old.check({"transform": {"size": 8, "exif": "transpose"}})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_image_of_one_line_is_an_image(training: bool, tmp_path: Path) -> None:
+    for i, size in enumerate(((1, 30_000), (30_000, 1))):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.new("RGB", size, (200, 0, 0)).save(tmp_path / "a" / f"{i}.png")
+    data = ImageFolder(str(tmp_path / "a"), size=64, crop="random", resize=96, batch_size=1).dataset("train", training=training)
+    for i in range(2):
+        assert "error" not in data[i]
+        assert (data[i]["image"].flatten(1).float().mean(1) == torch.tensor([200.0, 0.0, 0.0])).all()

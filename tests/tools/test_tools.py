@@ -173,3 +173,92 @@ def test_make_shards_keeps_labels_of_another_split(tools: tuple[ModuleType, Modu
     (tmp_path / "classes.json").write_text('["ant"]')
     with pytest.raises(SystemExit):
         tools[0].main([*arguments, "--prefix", "val"])
+
+
+def test_make_shards_turns_what_it_resizes_upright(tools: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    """And the result says nothing about orientation any more; copies keep all their bytes."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 0, 0), (0, 0, 8, 16))
+    (tmp_path / "in").mkdir()
+    image.save(tmp_path / "in" / "0.png", exif=exif)
+
+    def stored(name: str, *options: str) -> bytes:
+        assert tools[0].main(["--folder", str(tmp_path / "in"), "--out", str(tmp_path / name), *options]) == 0
+        index = ShardIndex.scan(expand(f"{tmp_path / name}/train-*.tar", "x"))
+        return ImageShardsDataset(index, ImageTransform(8)).read(0)[0]
+
+    assert stored("copy") == (tmp_path / "in" / "0.png").read_bytes()
+    for options, red in (([], (6, 1)), (["--exif", "transpose"], (6, 1)), (["--exif", "ignore"], (1, 6))):
+        result = Image.open(io.BytesIO(stored("-".join(["out", *options]), "--size", "8", *options)))
+        assert result.size == (8, 8)
+        assert result.getpixel(red) == (255, 0, 0)
+        assert result.getpixel(red[::-1]) == (0, 0, 0)
+        assert 0x0112 not in result.getexif()
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["exif"] == "transpose"
+    with pytest.raises(SystemExit):
+        tools[0].main(["--folder", str(tmp_path / "in"), "--out", str(tmp_path / "no"), "--exif", "ignore"])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), AssertionError("odd"), Image.DecompressionBombError("large"), RecursionError("deep")])
+def test_make_shards_lists_whatever_an_image_raises(
+    error: Exception, tools: tuple[ModuleType, ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    real = Image.open
+
+    def opened(file: io.BytesIO) -> Image.Image:
+        image = real(file)
+        if image.height == 13:
+            raise error
+        return image
+
+    monkeypatch.setattr(Image, "open", opened)
+    out = tmp_path / "out"
+    assert tools[0].main(["--folder", str(folder), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("cannot be read: ") == said.count("my.photo 1.png: cannot be decoded: ") == 2
+    assert not list(out.iterdir())
+    assert tools[0].main(["--folder", str(folder), "--out", str(out), "--skip-bad"]) == 0
+    assert json.loads((out / "train.json").read_text())["samples"] == 6
+
+
+def test_nothing_but_bad_images_gives_no_shards(tools: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(b"no image")
+    assert tools[0].main(["--folder", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--skip-bad"]) == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_targets_are_tried_before_the_work(
+    tools: tuple[ModuleType, ModuleType], folder: Path, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "file").write_text("mine")
+    out = str(tmp_path / "file" / "out")
+
+    def never(*args: object) -> None:
+        pytest.fail("the work began")
+
+    monkeypatch.setattr(tools[0], "encode", never)
+    monkeypatch.setattr(tools[1], "fetch", never)
+    monkeypatch.delitem(sys.modules, "synthetic", raising=False)
+    synthetic = importlib.import_module("synthetic")
+    monkeypatch.setattr(synthetic, "write_shards", never)
+    for tool, options in ((tools[0], ["--folder", str(folder)]), (tools[1], []), (synthetic, [])):
+        for place in (out, str(tmp_path / "file")):
+            with pytest.raises(SystemExit):
+                tool.main([*options, "--out", place])
+            assert f"--out {place}: " in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", "[1]", '["ant", "ant"]'])
+def test_what_is_no_list_of_classes_is_refused(
+    content: str, tools: tuple[ModuleType, ModuleType], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "classes.json").write_text(content)
+    with pytest.raises(SystemExit):
+        tools[0].main(["--folder", str(folder), "--out", str(tmp_path / "out"), "--classes", str(tmp_path / "classes.json")])
+    assert "--classes" in capsys.readouterr().err.splitlines()[-1]
