@@ -103,7 +103,7 @@ def load(path: str | os.PathLike[str], base: type[M], *, weights: Literal["model
         weights: "model" (averaged where there is an average) or "raw".
 
     Raises:
-        ArtifactError: the directory is missing, incomplete or damaged, or keys or shapes do not fit.
+        ArtifactError: the directory is missing, incomplete or damaged, keys or shapes do not fit, or weights are not finite.
     """
     root = check(path)
     module = build(json.loads((root / CONFIG).read_text()), base, key=str(root / CONFIG))
@@ -112,8 +112,28 @@ def load(path: str | os.PathLike[str], base: type[M], *, weights: Literal["model
         if not (root / RAW).exists():
             raise ArtifactError(f"{root} holds no raw weights; use weights: model.")
         state.update(read_tensors(root / RAW))
+    check_finite(state, str(root))
     load_state(widened(module, state), state, what=str(root))
     return module.eval()
+
+
+def check_finite(state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that are not finite: nothing made with them means anything.
+
+    Args:
+        state: tensors by name.
+        what: whose they are, for the message.
+
+    Raises:
+        ArtifactError: some are NaN or infinite; names the first.
+    """
+    bad = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+    if bad:
+        which = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise ArtifactError(
+            f"{what}: the weights are not finite: NaN or infinity in {which} ({len(bad)} of {len(state)} tensors). "
+            "The training diverged, or the file was damaged: take an earlier checkpoint, or train again with a lower learning rate."
+        )
 
 
 def widened(module: M, state: Mapping[str, Tensor]) -> M:
