@@ -74,8 +74,8 @@ def load_reference(path: str | Path, dim: int | None = None, *, key: str = "refe
         key: the configuration key that names the file, for messages.
 
     Raises:
-        DataError: no such file, it is damaged or holds no such arrays, they are of another width, not finite, or sigma is no covariance: not
-            symmetric, or with eigenvalues below 0, by more than `ROUNDING`. Says the key, the file and the cure.
+        DataError: no such file, it is damaged or holds no such arrays, they are of another width, not finite, or sigma is not a covariance:
+            not symmetric, or with eigenvalues below 0, by more than `ROUNDING`. Says the key, the file and the cure.
     """
     path = Path(path)
     start = f"{key} = {str(path)!r}:"
@@ -113,7 +113,7 @@ def _no_covariance(mu: Tensor, sigma: Tensor) -> str | None:
         return f"sigma is not symmetric: it differs from its transpose by up to {skew:.3g}, its largest entry is {largest:.3g}."
     values = torch.linalg.eigvalsh((sigma + sigma.mT) / 2)
     if values[0] < -ROUNDING * values.abs().max():
-        return f"sigma is no covariance: it has the eigenvalue {float(values[0]):.3g} (the largest is {float(values[-1]):.3g})."
+        return f"sigma is not a covariance: it has the eigenvalue {float(values[0]):.3g} (the largest is {float(values[-1]):.3g})."
     return None
 
 

@@ -6,6 +6,10 @@ distances of them like results.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -14,6 +18,14 @@ from srcflow.errors import DataError
 
 class NonFiniteImagesWarning(UserWarning):
     """Some images are not finite."""
+
+
+@contextmanager
+def counted_by_caller() -> Iterator[None]:
+    """Inside this block nobody gives a `NonFiniteImagesWarning`: the caller counts such images and reports them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NonFiniteImagesWarning)
+        yield
 
 
 def finite_rows(x: Tensor) -> Tensor:

@@ -30,11 +30,11 @@ def test_strengths_are_finite_numbers(bad: float) -> None:
         with pytest.raises(ConfigError, match=r"guidance.strength = .*Write a finite number of at least 0"):
             make(bad)
     for ends in ((bad, 1.0), (0.0, bad)):
-        with pytest.raises(ConfigError, match="schedule.start/stop"):
+        with pytest.raises(ConfigError, match=r"schedule.start/stop"):
             Interval(1.0, *ends)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1.0])
 def test_the_negative_streams_temperature_is_one(bad: float) -> None:
-    with pytest.raises(ConfigError, match="guidance.negative.attention_temperature"):
+    with pytest.raises(ConfigError, match=r"guidance.negative.attention_temperature"):
         Negative(attention_temperature=bad)

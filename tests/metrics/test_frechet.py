@@ -200,7 +200,7 @@ def test_moments_that_nothing_can_have_are_refused(tmp_path: Path) -> None:
         ((bad_mu, sigma), "1 of the 4 numbers of mu are not finite"),
         ((mu, infinite), "1 of the 16 numbers of sigma are not finite"),
         ((mu, skew), r"not symmetric: it differs from its transpose by up to 0\.001, its largest entry is 4"),
-        ((mu, negative), r"no covariance: it has the eigenvalue -0\.001 \(the largest is 4\)"),
+        ((mu, negative), r"not a covariance: it has the eigenvalue -0\.001 \(the largest is 4\)"),
         ((mu[:0], sigma[:0, :0]), r"\(D,\) and \(D, D\) are wanted"),
     ):
         save_reference(tmp_path / "r.npz", *wrong)
