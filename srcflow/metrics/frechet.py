@@ -134,6 +134,28 @@ def sized_name(prefix: str, samples: int) -> str:
     return f"{prefix}_{samples // 1000}k" if samples % 1000 == 0 and samples else f"{prefix}_{samples}"
 
 
+def check_counts(name: str, real: int | None, fake: int, wanted: int, *, lost_real: int = 0, lost_fake: int = 0) -> None:
+    """Make sure that both sides of a distance are of as many images as its name says.
+
+    Args:
+        name: of the distance.
+        real: vectors on the real side; None: it is a reference.
+        fake: vectors on the other side.
+        wanted: how many there should be on each.
+        lost_real: how many of them were left out since they were not finite, and are counted and reported.
+        lost_fake: likewise.
+
+    Raises:
+        DataError: there are more or fewer.
+    """
+    if fake + lost_fake != wanted or (real is not None and real + lost_real != wanted):
+        sides = f"{fake} images" + ("" if real is None else f" with {real}")
+        raise DataError(
+            f"{name} compares {sides}, not {wanted} on either side: the data did not give every image exactly once. Look for a sampler, "
+            "a limit or indices that leave some out."
+        )
+
+
 class FrechetDistance(DoubleMetric):
     """Streaming Frechet distance of features that somebody else extracts.
 

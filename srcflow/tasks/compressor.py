@@ -13,6 +13,7 @@ from srcflow.compressors.base import Compressor
 from srcflow.errors import ConfigError, Problems
 from srcflow.losses.reconstruction import feature_loss
 from srcflow.metrics.codes import EIGENVALUE_FLOOR, KURTOSIS_CEILING, NOISE_STD_FLOOR, CodeHealth, warnings_for
+from srcflow.metrics.non_finite import finite_rows
 from srcflow.statistics import Moments, principal_components
 from srcflow.tasks.reconstruction import ReconstructionTask
 from srcflow.types import Batch, Grid
@@ -24,8 +25,8 @@ class CompressorTask(ReconstructionTask):
     Encoder and decoder stay as they are. The feature loss (mean squared error and cosine) compares the expanded codes of noisy features
     with the clean normalised features: as for the images, what is asked for is the clean signal. A learned compressor starts from a PCA of
     clean normalised features, unless told otherwise; one that is only fitted (PCA) or needs no fitting (Identity) is written without a
-    training step. Evaluation adds the health of the codes over several noise draws, and warns below the stated floors. See
-    `ReconstructionTask` for the other losses and metrics.
+    training step. Evaluation adds the health of the codes over several noise draws, and warns below the stated floors; images whose codes
+    are not finite are counted (`codes/non_finite`), and then there are no numbers of health (NaN in validation). See `ReconstructionTask` for the other losses and metrics.
 
     Args:
         autoencoder: directory of the autoencoder's stage.
@@ -65,6 +66,7 @@ class CompressorTask(ReconstructionTask):
         self.feature_weight, self.health_draws = feature_weight, health_draws
         self.limits = {"noise_share": noise_share_floor, "eigenvalue_ratio": eigenvalue_floor, "kurtosis": kurtosis_ceiling}
         self._health: CodeHealth | None = None
+        self._bad_codes = torch.zeros((), dtype=torch.long)
 
     @property
     def codec(self) -> Autoencoder:
@@ -130,6 +132,7 @@ class CompressorTask(ReconstructionTask):
         """Fresh streaming metrics, those of the codes included."""
         super().begin_evaluation()
         self._health = CodeHealth(self.compressor.code_dim).to(self.device) if self.eval_noise is not None else None
+        self._bad_codes = torch.zeros((), dtype=torch.long, device=self.device)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> None:
@@ -144,15 +147,24 @@ class CompressorTask(ReconstructionTask):
             )
             for draw in range(self.health_draws)
         ]
-        self._health.update(torch.stack(draws), batch["valid"])
+        codes, valid = torch.stack(draws), batch["valid"].to(self.device)
+        finite = finite_rows(codes.transpose(0, 1))
+        self._bad_codes += (valid & ~finite).sum()
+        self._health.update(codes, valid & finite)
 
     def numbers(self) -> tuple[dict[str, float], int]:
         """Adds `codes/...`, and warns of unhealthy codes."""
         found, count = super().numbers()
         if self._health is not None:
-            health = self._health.compute()
+            bad = found["codes/non_finite"] = self.total(self._bad_codes)
+            health = {} if bad == count > 0 else self._health.compute()
+            if bad:
+                health = {} if self.trainer.testing else dict.fromkeys(health, float("nan"))
+                lines = [f"the codes of {bad} of {count} images are not finite, so their health is not measured: the compressor has diverged."]
+            else:
+                lines = warnings_for(health, **self.limits)
             found.update({f"codes/{k}": v for k, v in health.items()})
             if not self.trainer.sanity_checking:
-                for line in warnings_for(health, **self.limits):
+                for line in lines:
                     rank_zero_warn(f"code health: {line}", stacklevel=2)
         return found, count
