@@ -122,7 +122,8 @@ class Pipeline:
         bad = int((~finite_rows(images)).sum())
         if bad:
             cure = "Lower the guidance or the temperature, draw with another seed, or look for non-finite weights."
-            warnings.warn(f"{bad} of {len(images)} images are not finite: their numbers are NaN. {cure}", NonFiniteImagesWarning, stacklevel=3)
+            message = f"{bad} of {len(images)} images are not finite: their numbers are NaN. {cure}"
+            warnings.warn(message, NonFiniteImagesWarning, stacklevel=3)
         return images
 
     def reconstruct(

@@ -26,7 +26,8 @@ class CompressorTask(ReconstructionTask):
     with the clean normalised features: as for the images, what is asked for is the clean signal. A learned compressor starts from a PCA of
     clean normalised features, unless told otherwise; one that is only fitted (PCA) or needs no fitting (Identity) is written without a
     training step. Evaluation adds the health of the codes over several noise draws, and warns below the stated floors; images whose codes
-    are not finite are counted (`codes/non_finite`), and then there are no numbers of health (NaN in validation). See `ReconstructionTask` for the other losses and metrics.
+    are not finite are counted (`codes/non_finite`), and then there are no numbers of health (NaN in validation). See `ReconstructionTask`
+    for the other losses and metrics.
 
     Args:
         autoencoder: directory of the autoencoder's stage.
@@ -160,7 +161,7 @@ class CompressorTask(ReconstructionTask):
             health = {} if bad == count > 0 else self._health.compute()
             if bad:
                 health = {} if self.trainer.testing else dict.fromkeys(health, float("nan"))
-                lines = [f"the codes of {bad} of {count} images are not finite, so their health is not measured: the compressor has diverged."]
+                lines = [f"the codes of {bad} of {count} images are not finite, and not measured: the compressor has diverged."]
             else:
                 lines = warnings_for(health, **self.limits)
             found.update({f"codes/{k}": v for k, v in health.items()})

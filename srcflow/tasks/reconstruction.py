@@ -115,8 +115,8 @@ class ReconstructionTask(Task):
         self._loaded: set[str] = set()
         self._restored: dict[str, Any] | None = None
         self._measures: dict[str, ReconstructionMetrics] = {}
-        self._seen = torch.zeros((), dtype=torch.long)  # images that counted, and, by kind, how many of their reconstructions were not finite
-        self._lost: dict[str, Tensor] = {}
+        self._seen = torch.zeros((), dtype=torch.long)  # images that counted
+        self._lost: dict[str, Tensor] = {}  # by kind: how many of their reconstructions were not finite
         self._distances: dict[str, FrechetDistance] = {}
 
     # --- what the stages define ------------------------------------------------------------------------------------------------------
@@ -320,9 +320,7 @@ class ReconstructionTask(Task):
 
     def counts(self) -> dict[str, dict[str, int]]:
         """How many vectors are on both sides of every distance. On every rank."""
-        return {
-            f"{kind}rfid": {"real": self.total(d.real_count), "fake": self.total(d.fake_count)} for kind, d in self._distances.items()
-        }
+        return {f"{kind}rfid": {"real": self.total(d.real_count), "fake": self.total(d.fake_count)} for kind, d in self._distances.items()}
 
     def on_validation_epoch_end(self) -> None:
         """Log the results, as `val/...`; NaN for what would include reconstructions that are not finite, so that names stay the same."""
