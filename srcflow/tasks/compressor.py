@@ -14,6 +14,7 @@ from srcflow.errors import ConfigError, Problems
 from srcflow.losses.reconstruction import feature_loss
 from srcflow.metrics.codes import EIGENVALUE_FLOOR, KURTOSIS_CEILING, NOISE_STD_FLOOR, CodeHealth, warnings_for
 from srcflow.metrics.non_finite import finite_rows
+from srcflow.pipeline import like_weights
 from srcflow.statistics import Moments, principal_components
 from srcflow.tasks.reconstruction import ReconstructionTask
 from srcflow.types import Batch, Grid
@@ -109,19 +110,25 @@ class CompressorTask(ReconstructionTask):
 
     def reconstruct(self, raw: Tensor, grid: Grid, noise: Tensor | None) -> Tensor:
         """See `ReconstructionTask.reconstruct`."""
-        _, features = self.compressor(self.codec.normalize(raw, noise), grid)
-        return self.codec.decode(features, grid)
+        _, features = self.compressor(self._normalized(raw, noise), grid)
+        return self.codec.decode(like_weights(features, self.codec), grid)
+
+    def _normalized(self, raw: Tensor, noise: Tensor | None) -> Tensor:
+        """Normalised features in the compressor's precision, which may be another than the frozen codec's."""
+        return like_weights(self.codec.normalize(raw, noise), self.compressor)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The image losses of decoded codes, and the feature loss."""
         raw, grid = self.features_from(batch, self.codec)
         noise = self.noise_for(self.noise, raw, batch["indices"], "train")
-        _, features = self.compressor(self.codec.normalize(raw, noise), grid)
+        _, features = self.compressor(self._normalized(raw, noise), grid)
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
         if self.decodes:
-            loss = loss + self.image_loss(self.codec.decode(features, grid), self.images_from(batch), batch, batch_idx)
+            loss = loss + self.image_loss(
+                self.codec.decode(like_weights(features, self.codec), grid), self.images_from(batch), batch, batch_idx
+            )
         if self.feature_weight > 0:
-            term = feature_loss(features, self.codec.normalize(raw))
+            term = feature_loss(features, self._normalized(raw, None))
             self.log("train/feature", term.detach(), prog_bar=True)
             loss = loss + self.feature_weight * term
         self.log("train/loss", loss.detach())
@@ -144,7 +151,7 @@ class CompressorTask(ReconstructionTask):
         raw, grid = self.features_from(batch, self.codec)
         draws = [
             self.compressor.compress(
-                self.codec.normalize(raw, self.noise_for(self.eval_noise, raw, batch["indices"], "evaluation", draw)), grid
+                self._normalized(raw, self.noise_for(self.eval_noise, raw, batch["indices"], "evaluation", draw)), grid
             )
             for draw in range(self.health_draws)
         ]

@@ -145,9 +145,6 @@ class ReconstructionTask(Task):
         """
         super().setup(stage)
         problems = Problems()
-        if self.trainer.precision == "64-true":
-            why = "encoder, decoder and losses of this stage compute in float32."
-            problems.add(ConfigError("trainer.precision", "64-true", why, "Use 32-true or bf16-mixed; a flow can use 64-true."))
         with problems.collect():
             image_sizes.check_data(cast(Any, self.trainer).datamodule, self.codec)
         for name in ("perceptual", "adversarial") if stage == "fit" else ():
