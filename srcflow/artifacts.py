@@ -149,11 +149,12 @@ def load(path: str | os.PathLike[str], base: type[M], *, weights: Literal["model
 
     Raises:
         ArtifactError: the directory is missing, incomplete, damaged or not what its manifest records, it names code that is not imported
-            for it, or keys or shapes do not fit.
+            for it, keys or shapes do not fit, or weights are not finite.
     """
     root = Path(path)
     spec = read_spec(root)
     state = read_weights(root, weights=weights)
+    check_finite(state, str(root))
     module = build_spec(spec, base, root / CONFIG)
     load_state(widened(module, state), state, what=str(root))
     return module.eval()
@@ -250,6 +251,25 @@ def verify(path: str | os.PathLike[str], *, raw: bool = False) -> Path:
             f"{', '.join(str(root / f) for f in changed)} is not what {MANIFEST} records: damaged, or changed after it was written. {AGAIN}"
         )
     return root
+
+
+def check_finite(state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that are not finite: nothing made with them means anything.
+
+    Args:
+        state: tensors by name.
+        what: whose they are, for the message.
+
+    Raises:
+        ArtifactError: some are NaN or infinite; names the first.
+    """
+    bad = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+    if bad:
+        which = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise ArtifactError(
+            f"{what}: the weights are not finite: NaN or infinity in {which} ({len(bad)} of {len(state)} tensors). "
+            "The training diverged, or the file was damaged: take an earlier checkpoint, or train again with a lower learning rate."
+        )
 
 
 def widened(module: M, state: Mapping[str, Tensor]) -> M:

@@ -6,6 +6,7 @@ docs/reference/equations.md E2).
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -34,8 +35,8 @@ class Constant(Noise):
     """
 
     def __init__(self, sigma: float = 0.4) -> None:
-        if sigma < 0:
-            raise ConfigError("noise.sigma", sigma, "a standard deviation is not negative.")
+        if not 0 <= sigma < math.inf:
+            raise ConfigError("noise.sigma", sigma, "a standard deviation is finite and not negative.")
         self.sigma = sigma
 
     def sample(self, shape: Sequence[int], *, seed: int, purpose: str, step: int, indices: Indices) -> Tensor:
@@ -51,8 +52,8 @@ class Uniform(Noise):
     """
 
     def __init__(self, maximum: float = 0.8) -> None:
-        if maximum < 0:
-            raise ConfigError("noise.maximum", maximum, "a standard deviation is not negative.")
+        if not 0 <= maximum < math.inf:
+            raise ConfigError("noise.maximum", maximum, "a standard deviation is finite and not negative.")
         self.maximum = maximum
 
     def sample(self, shape: Sequence[int], *, seed: int, purpose: str, step: int, indices: Indices) -> Tensor:

@@ -9,12 +9,13 @@ Only this module knows the chain. It needs neither Lightning nor the command lin
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from srcflow import artifacts, randomness
 from srcflow.autoencoders.base import Autoencoder
@@ -23,7 +24,9 @@ from srcflow.compressors.base import Compressor
 from srcflow.compressors.identity import Identity
 from srcflow.errors import ArtifactError, ConfigError, ShapeError
 from srcflow.flows.flow import Flow
+from srcflow.flows.temperatures import check_temperature
 from srcflow.guidance.base import Guidance
+from srcflow.metrics.non_finite import NonFiniteImagesWarning, finite_rows, to_unit_range
 from srcflow.noise import Noise, draw
 from srcflow.solvers.base import Solver
 from srcflow.types import Condition, Grid
@@ -89,7 +92,7 @@ class Pipeline:
         indices: Sequence[int] | Tensor | None = None,
         draw_number: int = 0,
     ) -> Tensor:
-        """Codes (B, N, d) of images.
+        """Codes (B, N, d) of images; float64 for a flow in float64.
 
         Args:
             images: (B, 3, H, W), float in [0, 1] or uint8.
@@ -97,16 +100,31 @@ class Pipeline:
             seed: of the noise.
             indices: (B,) sample indices that key the noise; None means 0 .. B-1.
             draw_number: which of a sample's draws.
+
+        Raises:
+            ShapeError: the parts cannot take images of this size; names it, and the size they are built for.
         """
-        raw, grid = self.autoencoder.features(self._images(images))
+        raw = self._features(self._images(images))
         eps = draw(noise, raw, seed=seed, purpose="pipeline.noise", step=draw_number, indices=self._indices(indices, raw.shape[0]))
-        return self.compressor.compress(self.autoencoder.normalize(raw, eps), grid)
+        codes = self.compressor.compress(self.autoencoder.normalize(raw, eps), self.autoencoder.grid)
+        return codes if self.flow is None else codes.to(torch.promote_types(codes.dtype, self.flow.prior_std.dtype))
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
-        """Images (B, 3, H, W), clamped to [0, 1], of codes (B, N, d)."""
+        """Images (B, 3, H, W), float32, clamped to [0, 1], of codes (B, N, d).
+
+        What is not finite does not become a pixel: it is NaN (an image of codes that are not finite everywhere), and a
+        `NonFiniteImagesWarning` says how many images have such numbers.
+        """
         grid = self.autoencoder.grid if grid is None else grid
-        return self.autoencoder.decode(self.compressor.expand(codes, grid), grid).float().clamp(0.0, 1.0)
+        features = self.compressor.expand(like_weights(codes, self.compressor), grid)
+        images = to_unit_range(self.autoencoder.decode(like_weights(features, self.autoencoder), grid), codes)
+        bad = int((~finite_rows(images)).sum())
+        if bad:
+            cure = "Lower the guidance or the temperature, draw with another seed, or look for non-finite weights."
+            message = f"{bad} of {len(images)} images are not finite: their numbers are NaN. {cure}"
+            warnings.warn(message, NonFiniteImagesWarning, stacklevel=3)
+        return images
 
     def reconstruct(
         self, images: Tensor, *, noise: Noise | None = None, seed: int = 0, indices: Sequence[int] | Tensor | None = None
@@ -145,10 +163,11 @@ class Pipeline:
             denoiser: how: by the flow's own "score", or its "learned" denoiser.
 
         Returns:
-            (B, 3, H, W) in [0, 1].
+            (B, 3, H, W) in [0, 1]; NaN where a sample ran away to numbers that are not finite (see `decode`).
 
         Raises:
-            ConfigError: denoising does not hold for this chain; says why. Raised before anything is computed.
+            ConfigError: denoising does not hold for this chain, or a temperature is not positive and finite; says why. Raised before
+                anything is computed.
         """
         return self.decode(
             self.sample_codes(
@@ -181,6 +200,8 @@ class Pipeline:
         """Codes (B, N, d) drawn from the flow; arguments as `sample`."""
         flow = self._flow()
         check_denoising(self.compressor, flow, denoise, denoiser)
+        for key, value in (("temperature", temperature), ("attention_temperature", attention_temperature)):
+            check_temperature(key, value)
         load_negative(guidance, self.device)
         n = condition if isinstance(condition, int) else len(condition)
         given = None if isinstance(condition, int) else condition
@@ -219,6 +240,7 @@ class Pipeline:
         flow = self._flow()
         check_denoising(self.compressor, flow, denoise, denoiser)
         s = denoise * self.autoencoder.noise_scale()
+        codes = like_weights(codes, flow)
         return codes - s * flow.denoiser(codes, condition) if denoiser == "learned" else flow.denoise(codes, s, condition)
 
     @torch.no_grad()
@@ -244,6 +266,9 @@ class Pipeline:
             draws: noise draws per image.
             seed: of the noise.
             indices: (B,) sample indices that key the noise; None means 0 .. B-1.
+
+        Raises:
+            ShapeError: see `encode`.
         """
         if draws < 1:
             raise ConfigError("draws", draws, "an expectation needs at least one draw.")
@@ -330,7 +355,7 @@ class Pipeline:
             compressor: where the compressor's directory is now, likewise; a flow that records no codec and is given none has no compressor.
 
         Raises:
-            ArtifactError: something is missing or damaged, or the codec is neither recorded nor named.
+            ArtifactError: something is missing or damaged, weights are not finite, or the codec is neither recorded nor named.
             ManifestMismatchError: a part is not what the others were built on.
         """
         places = locate(path, autoencoder=autoencoder, compressor=compressor)
@@ -350,14 +375,32 @@ class Pipeline:
         """Write all parts into one self-contained directory, which may be moved anywhere; returns it.
 
         Raises:
-            ArtifactError: the directory exists and is not a bundle.
+            ArtifactError: the directory exists and is not a bundle, or the weights of a part are not finite.
         """
-        return save_bundle(path, {role: getattr(self, role) for role in PARTS if getattr(self, role) is not None})
+        parts: dict[str, nn.Module] = {role: getattr(self, role) for role in PARTS if getattr(self, role) is not None}
+        for role, part in parts.items():
+            artifacts.check_finite(part.state_dict(), role)
+        return save_bundle(path, parts)
 
     def _flow(self) -> Flow:
         if self.flow is None:
             raise ConfigError("pipeline.flow", None, "this pipeline is a codec without a flow.", "Load the flow stage's directory.")
         return self.flow
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Raw features (B, N, D) of images (B, 3, H, W) of a size that gives the grid that everything is built for."""
+        size, (height, width) = tuple(images.shape[-2:]), self.autoencoder.image_size
+        rows, columns = self.autoencoder.grid
+        wrong = f"images of {size[0]} x {size[1]} pixels were given to a pipeline for images of {height} x {width}"
+        try:
+            raw, grid = self.autoencoder.features(images)
+        except (ValueError, AssertionError) as e:
+            if size == (height, width):
+                raise
+            raise ShapeError(f"{wrong}: {e} Resize or crop them.") from e
+        if tuple(grid) != (rows, columns):
+            raise ShapeError(f"{wrong}: they give {grid[0]} x {grid[1]} tokens, not {rows} x {columns}. Resize or crop them.")
+        return raw
 
     def _images(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
@@ -372,6 +415,14 @@ class Pipeline:
         if len(indices) != n:
             raise ShapeError(f"{len(indices)} indices for {n} samples.")
         return indices
+
+
+def like_weights(x: Tensor, part: nn.Module) -> Tensor:
+    """x in the precision of a part's weights, which may be another than its neighbour's (a flow in float64 on a codec in float32)."""
+    for t in (*part.parameters(), *part.buffers()):
+        if t.is_floating_point():
+            return x.to(t.dtype)
+    return x
 
 
 def load_negative(guidance: Guidance | None, device: torch.device | str) -> None:

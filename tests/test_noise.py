@@ -81,3 +81,10 @@ def test_draw_follows_the_features() -> None:
 def test_a_law_of_ones_own_needs_only_sample() -> None:
     with pytest.raises(TypeError, match="sample"):
         Noise()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.1])
+def test_a_deviation_is_a_finite_number(bad: float) -> None:
+    for make in (Constant, Uniform):
+        with pytest.raises(ConfigError, match="finite and not negative"):
+            make(bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from srcflow.flows.flow import Flow
 from srcflow.flows.positions import Learned
 from srcflow.guidance.base import Negative
 from srcflow.guidance.gaussian import Gaussian
+from srcflow.metrics.non_finite import NonFiniteImagesWarning
 from srcflow.noise import Constant
 from srcflow.testing import perturb
 
@@ -274,3 +276,81 @@ def test_an_unfitted_autoencoder_is_refused() -> None:
     encoder = TimmViT("vit_tiny_patch16_224", image_size=32, weights=None, timm_args=SMALL)
     with pytest.raises(ConfigError, match="statistics were never fitted"):
         Pipeline(RepresentationAutoencoder(encoder, ViTDecoder(32, 32, 1, 2, 64, patch=8, grid=2)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_ran_away_is_not_turned_into_pixels(pipeline: Pipeline, bad: float) -> None:
+    codes = torch.randn(3, *pipeline.code_shape, generator=torch.Generator().manual_seed(0))
+    expected = pipeline.decode(codes)
+    codes[1, 0, 0] = bad
+    with pytest.warns(NonFiniteImagesWarning, match="1 of 3 images are not finite"):
+        found = pipeline.decode(codes)
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]])
+    levels = Pipeline(PixelPatches(4, 2))  # whose decoder would turn an infinite code into a white pixel
+    with pytest.warns(NonFiniteImagesWarning, match="1 of 1"):
+        assert levels.decode(torch.full((1, 4, 12), bad)).isnan().all()
+
+
+def test_samples_under_runaway_guidance_are_nan(pipeline: Pipeline) -> None:
+    with pytest.warns(NonFiniteImagesWarning, match=r"of 3 images are not finite.*Lower the guidance"):
+        images = pipeline.sample(Condition(labels=torch.arange(3)), seed=0, guidance=Gaussian(1e30))
+    assert not bool(images.isinf().any())
+    assert bool(images.isnan().any())
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("key", ["temperature", "attention_temperature"])
+def test_samples_have_a_temperature(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, key: str, bad: float) -> None:
+    monkeypatch.setattr(pipeline.flow, "inverse", lambda *a, **k: pytest.fail("work was done before the refusal"))
+    with pytest.raises(ConfigError, match=rf"{key} = .*positive and finite"):
+        pipeline.sample(2, seed=0, **{key: bad})  # type: ignore[arg-type]
+
+
+def test_images_of_another_size_are_named_with_the_pipelines_own(pipeline: Pipeline) -> None:
+    raw = Pipeline(pixels(), flow=pixel_flow())
+    for call in (
+        lambda p, x: p.encode(x),
+        lambda p, x: p.log_prob(x, noise=None),
+        lambda p, x: p.classify(x, noise=None),
+        lambda p, x: p.reconstruct(x),
+        lambda p, x: p.interpolate(x, x, 2),
+    ):
+        for height, width in ((8, 2), (6, 6), (5, 5)):  # as many tokens in another order; more tokens; no whole patches
+            with pytest.raises(ShapeError, match=rf"images of {height} x {width} pixels .* pipeline for images of 4 x 4"):
+                call(raw, torch.rand(2, 3, height, width))
+    assert pipeline.encode(torch.rand(1, 3, 24, 20)).shape == (1, *pipeline.code_shape)  # this encoder resizes
+
+
+@pytest.mark.parametrize("part", ["autoencoder", "compressor", "flow"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path, part: str) -> None:
+    broken = make()
+    path = broken.save_pretrained(tmp_path / "bundle")
+    name, weight = list(getattr(broken, part).named_parameters())[-1]
+    with torch.no_grad():
+        weight.view(-1)[0] = math.nan
+    with pytest.raises(ArtifactError, match=rf"{part}: the weights are not finite: NaN or infinity in {name} \(1 of .* earlier checkpoint"):
+        broken.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    artifacts.save(path / part, getattr(broken, part))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["parts"][part] = artifacts.content_hash(path / part)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=rf"{part}: the weights are not finite: NaN or infinity in {name}"):
+        Pipeline.from_pretrained(path)
+
+
+def test_a_flow_in_float64_works_on_a_codec_in_float32(images: torch.Tensor) -> None:
+    single, double = make(), make()
+    assert double.flow is not None
+    double.flow.double()
+    labels = Condition(labels=torch.tensor([0, 1, 2, 0]))
+    for call in (
+        lambda p: p.sample(labels, seed=0),
+        lambda p: p.log_prob(images, labels, noise=Constant(0.4)),
+        lambda p: p.reconstruct(images),
+        lambda p: p.interpolate(images[:2], images[2:], 3),
+    ):
+        torch.testing.assert_close(call(double).double(), call(single).double(), atol=2e-3, rtol=1e-4)
+    assert double.log_prob(images, labels, noise=None).dtype == torch.float64
+    assert double.sample(labels, seed=0).dtype == torch.float32

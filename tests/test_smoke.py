@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from srcflow import artifacts
 from srcflow.cli import main
-from srcflow.errors import ManifestMismatchError
+from srcflow.errors import ManifestMismatchError, SrcflowError
+from srcflow.metrics.non_finite import NonFiniteImagesWarning
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs/smoke"
@@ -142,6 +143,46 @@ def test_options_of_test_win_over_the_checkpoint(here: Path) -> None:
     assert "gfid_16" in fewer
     assert "gfid_32" not in fewer
     assert fewer["nll"] != plain["nll"]
+
+
+def test_samples_that_ran_away_are_counted_and_in_no_distance(here: Path) -> None:
+    more = ["--model.evaluation.floor", "false", "--model.evaluation.baseline_batches", "0"]
+    with pytest.warns(NonFiniteImagesWarning, match=r"of 32 samples are not finite"):
+        trainer("test", "flow", "--ckpt_path", CHECKPOINT, "--model.metrics_file", "ran.json", "--model.guidance.strength", "1e30", *more)
+    numbers, protocol = written("ran.json")
+    bad = numbers["samples_non_finite"]
+    assert 0 < bad < 31
+    assert {k for k in numbers if k.startswith(("gfid", "fd_"))} == {f"gfid_{32 - bad}_finite_of_32", f"fd_decoded_{32 - bad}_finite_of_32"}
+    assert protocol["counts"]["gfid"] == {"real": 32, "fake": 32 - bad}
+    assert "rfid_32" in numbers
+
+
+def test_float64_through_the_command_line(here: Path) -> None:
+    more = ["--model.evaluation.floor", "false", "--trainer.precision", "64-true", "--model.metrics_file", "double.json"]
+    trainer("test", "flow", "--ckpt_path", CHECKPOINT, *more)
+    numbers, protocol = written("double.json")
+    assert protocol["precision"] == "64-true"
+    assert numbers["round_trip_error"] < 1e-12
+    assert numbers["gfid_32"] > 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "words"),
+    [
+        ("flow", ["--trainer.limit_test_batches", "1"], r"trainer.limit_test_batches = 1: .*evaluation.samples"),
+        ("compressor", ["--trainer.limit_test_batches", "0.5"], r"trainer.limit_test_batches = 0.5: .*smaller test set"),
+        ("flow", ["--data.size", "64"], r"data.size = 64: .*32 x 32 pixels. Write data.size: 32"),
+        ("flow", ["--model.evaluation.reference", "cut.npz"], r"evaluation.reference = 'cut.npz': is not an npz file"),
+        ("flow", ["--model.evaluation.reference", "small.npz"], r"evaluation.reference = 'small.npz': .*width 3, the extractor gives"),
+    ],
+)
+def test_a_test_that_would_mislead_is_refused(here: Path, stage: str, more: list[str], words: str) -> None:
+    np.savez_compressed("small.npz", mu=np.zeros(3), sigma=np.eye(3))
+    Path("cut.npz").write_bytes(Path("small.npz").read_bytes()[:200])
+    checkpoint = f"runs/smoke/{stage}/checkpoints/last.ckpt"
+    with pytest.raises(SrcflowError, match=words):
+        trainer("test", stage, "--ckpt_path", checkpoint, "--model.metrics_file", "refused.json", *more)
+    assert not Path("refused.json").exists()
 
 
 def test_sample_export_and_bundle(here: Path) -> None:

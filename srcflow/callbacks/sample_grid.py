@@ -8,25 +8,32 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
 from srcflow.errors import ConfigError
+from srcflow.metrics.non_finite import NonFiniteImagesWarning, finite_rows, without_non_finite
 from srcflow.types import NULL_LABEL
+
+NOT_FINITE = (255, 0, 255)
+"""Colour of an image that is not finite."""
 
 
 def grid_of(images: Tensor, columns: int, gap: int = 2) -> Tensor:
     """One picture (3, H', W') uint8 of images (n, 3, H, W) in [0, 1], row by row, with white gaps.
 
     Args:
-        images: clamped here.
+        images: clamped here; one that is not finite everywhere becomes a magenta square.
         columns: images in a row; a last row that is not full is filled with white.
         gap: pixels between images.
     """
     n, c, h, w = images.shape
     columns = min(columns, n)
     rows = -(-n // columns)
-    pixels = (images.detach().float().clamp(0, 1) * 255 + 0.5).floor().to("cpu", torch.uint8)
+    images, finite = without_non_finite(images.detach().float())
+    pixels = (images.clamp(0, 1) * 255 + 0.5).floor().to("cpu", torch.uint8)
+    pixels[~finite.cpu()] = torch.tensor(NOT_FINITE[:c], dtype=torch.uint8).reshape(-1, 1, 1)
     sheet = torch.full((c, rows * (h + gap) - gap, columns * (w + gap) - gap), 255, dtype=torch.uint8)
     for i, image in enumerate(pixels):
         top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
@@ -53,11 +60,25 @@ def publish(trainer: L.Trainer, tag: str, sheet: Tensor, step: int) -> Path:
     return path
 
 
+def report(trainer: L.Trainer, tag: str, images: Tensor) -> int:
+    """Warn of images (n, 3, H, W) that are not finite, and hand their number to the loggers as `<tag>_non_finite`; returns it."""
+    bad = int((~finite_rows(images)).sum())
+    if bad:
+        where = f"step {trainer.global_step}: {bad} of {len(images)} {tag.replace('_', ' ')} are not finite, and magenta in the picture."
+        cure = "Look at the loss and the guidance's strength; `srcflow test` counts such images."
+        rank_zero_warn(f"{where} {cure}", category=NonFiniteImagesWarning, stacklevel=3)
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{tag}_non_finite": float(bad)}, step=trainer.global_step)
+    return bad
+
+
 class SampleGrid(L.Callback):
     """Draws samples every so many steps: one row per class, or rows without a class for unconditional data.
 
     The task must offer `sample_images(labels (n,) int64, seed) -> (n, 3, H, W) in [0, 1]`, as FlowTask does. The same seed is used every
-    time, so that pictures of different steps compare. Samples come from the averaged weights where there is an EMA.
+    time, so that pictures of different steps compare. Samples come from the averaged weights where there is an EMA. Those that are not
+    finite are magenta squares, counted in a warning and logged as `samples_non_finite`.
 
     Args:
         every_n_steps: optimizer steps between two pictures.
@@ -112,10 +133,12 @@ class SampleGrid(L.Callback):
         pl_module.eval()
         try:
             with pl_module.evaluation_weights():
-                return grid_of(pl_module.sample_images(labels, self.seed), self.columns)
+                images = pl_module.sample_images(labels, self.seed)
         finally:
             for module, mode in modes.items():
                 module.training = mode
+        report(trainer, "samples", images)
+        return grid_of(images, self.columns)
 
     @staticmethod
     def _num_classes(trainer: Any) -> int:
@@ -126,7 +149,8 @@ class ReconstructionGrid(L.Callback):
     """Shows the first validation images and their reconstructions after every validation: a row each.
 
     The task must offer `reconstruction_images(batch, limit) -> {row name: (n, 3, H, W) in [0, 1]}`, as AutoencoderTask and CompressorTask
-    do. Pictures of `srcflow test` go to a folder of their own.
+    do. Pictures of `srcflow test` go to a folder of their own. Reconstructions that are not finite are shown, counted and logged as samples
+    are (see `SampleGrid`).
 
     Args:
         count: images in a row.
@@ -163,4 +187,6 @@ class ReconstructionGrid(L.Callback):
         if number or trainer.sanity_checking:
             return
         rows = pl_module.reconstruction_images(batch, self.count)
-        publish(trainer, tag, grid_of(torch.cat(list(rows.values())), len(next(iter(rows.values())))), trainer.global_step)
+        images = torch.cat(list(rows.values()))
+        report(trainer, tag, images)
+        publish(trainer, tag, grid_of(images, len(next(iter(rows.values())))), trainer.global_step)

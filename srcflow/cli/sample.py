@@ -143,13 +143,14 @@ def drawn(pipeline: Pipeline, n: int, labels: Labels | None, config: Namespace, 
     """Batches of images as (index of the first, uint8 (b, H, W, 3)), in order; the indices of those that are not finite go to `broken`."""
     import torch
 
+    from srcflow.metrics.non_finite import counted_by_caller
     from srcflow.types import Condition
 
     with tqdm(total=n, unit="image", desc="sample") as bar:
         for start in range(0, n, config.batch_size):
             stop = min(start + config.batch_size, n)
             what = stop - start if labels is None else Condition(labels=torch.from_numpy(labels[start:stop]).to(device))
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with torch.no_grad(), counted_by_caller(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 images = pipeline.sample(
                     what,
                     seed=config.seed,

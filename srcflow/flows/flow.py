@@ -16,6 +16,7 @@ from srcflow.flows.denoise import tweedie
 from srcflow.flows.denoiser import Denoiser
 from srcflow.flows.likelihood import normal_log_prob
 from srcflow.flows.normalization import Normalization
+from srcflow.flows.temperatures import check_temperature
 from srcflow.flows.trunk import Trunk, recomputed
 from srcflow.guidance.base import Guidance
 from srcflow.guidance.guided import GuidedBlock
@@ -242,6 +243,9 @@ class Flow(nn.Module, metaclass=Recorded):
 
         Returns:
             (B, N, d) data.
+
+        Raises:
+            ConfigError: a temperature is not positive and finite.
         """
         last = self.blocks_inverse(
             z,
@@ -268,8 +272,10 @@ class Flow(nn.Module, metaclass=Recorded):
     ) -> list[Tensor]:
         """What each block's inversion gives, (B, N, d) in raster order, noise-side block first; before the normalisation is undone.
 
-        Arguments as `inverse`.
+        Arguments as `inverse`, and errors.
         """
+        for key, value in (("temperature", temperature), ("attention_temperature", attention_temperature)):
+            check_temperature(key, value)
         ctx = self._context(z, condition, grid, attention_temperature)
         solver = Sequential() if solver is None else solver
         guided = self._guided_blocks(guidance)

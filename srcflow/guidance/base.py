@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, Literal
 
@@ -26,8 +27,8 @@ class Negative(metaclass=Recorded):
     """
 
     def __init__(self, condition: Condition | None = None, attention_temperature: float = 1.0, flow: nn.Module | str | None = None) -> None:
-        if attention_temperature <= 0:
-            raise ConfigError("guidance.negative.attention_temperature", attention_temperature, "a temperature is positive.")
+        if not 0 < attention_temperature < math.inf:
+            raise ConfigError("guidance.negative.attention_temperature", attention_temperature, "a temperature is positive and finite.")
         self.condition, self.attention_temperature, self.flow = condition, attention_temperature, flow
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -12,8 +13,9 @@ from srcflow.registry import Recorded
 
 
 def _not_negative(strength: float) -> float:
-    if not strength >= 0:
-        raise ConfigError("guidance.strength", strength, "is not a strength.", "Write a number of at least 0; 0 switches guidance off.")
+    if not (strength >= 0 and math.isfinite(strength)):
+        cure = "Write a finite number of at least 0; 0 switches guidance off."
+        raise ConfigError("guidance.strength", strength, "is not a strength.", cure)
     return strength
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,14 @@ from torch import Tensor
 
 from srcflow.errors import ConfigError, DataError, ShapeError
 from srcflow.metrics.double_metric import DoubleMetric, valid_rows
+from srcflow.metrics.non_finite import check_rows
 
 SMALLEST_SAMPLE = 2048
 """Below so many vectors a Frechet distance is mostly bias and has to be asked for."""
+
+ROUNDING = 1e-5
+"""What rounding may have done to a reference covariance, as float32 does: how far it may be from symmetric, in units of its largest entry,
+and its smallest eigenvalue below 0, in units of the largest. Eigenvalues below 0 count as 0."""
 
 FULL_SAMPLE = 50_000
 """A distance of at least so many samples carries no number in its name."""
@@ -59,25 +65,56 @@ def _symmetric_root(sigma: Tensor) -> Tensor:
     return (vectors * torch.where(values > rounding, values, 0).sqrt()) @ vectors.mT  # type: ignore[no-any-return]  # torch is untyped here
 
 
-def load_reference(path: str | Path) -> tuple[Tensor, Tensor]:
+def load_reference(path: str | Path, dim: int | None = None, *, key: str = "reference") -> tuple[Tensor, Tensor]:
     """(mu, sigma), float64, from a reference file as ADM's evaluator writes it: an npz with the arrays `mu` (D,) and `sigma` (D, D).
 
+    Args:
+        path: the file.
+        dim: width of the extractor that it is to be compared with; None: any.
+        key: the configuration key that names the file, for messages.
+
     Raises:
-        DataError: no such file, or it holds no such arrays.
+        DataError: no such file, it is damaged or holds no such arrays, they are of another width, not finite, or sigma is not a covariance:
+            not symmetric, or with eigenvalues below 0, by more than `ROUNDING`. Says the key, the file and the cure.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"reference moments: there is no file {path}.")
+    start = f"{key} = {str(path)!r}:"
+    if not os.path.isfile(path):  # unlike Path.is_file, it raises nothing
+        raise DataError(f"{start} there is no file {path}. Name an npz with mu and sigma of the real images, or null for the test images.")
+    cure = "Make it again from features of the real images (srcflow.metrics.frechet.save_reference), or write null for the test images."
     try:
-        with np.load(path, allow_pickle=False) as file:
-            mu, sigma = (torch.from_numpy(np.asarray(file[k], dtype=np.float64)) for k in ("mu", "sigma"))
-    except (KeyError, ValueError, OSError) as e:
-        raise DataError(f"reference moments: {path} is not an npz file with the arrays mu and sigma: {e}") from e
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise DataError(
-            f"reference moments: in {path}, mu has shape {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; (D,) and (D, D) are wanted."
-        )
+        with path.open("rb") as opened:  # numpy leaves what it opened itself open if the file is damaged
+            file = np.load(opened, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise TypeError("it holds a single array, as a .npy does.")
+            found = {name: np.asarray(file[name]) for name in ("mu", "sigma")}
+        if wrong := [f"{name} of {array.dtype}" for name, array in found.items() if array.dtype.kind not in "fiu"]:
+            raise TypeError(f"it has {' and '.join(wrong)}, not of real numbers.")
+        mu, sigma = (torch.from_numpy(array.astype(np.float64)) for array in found.values())
+    except Exception as e:  # a damaged file lets numpy, zipfile and zlib raise nearly anything
+        raise DataError(f"{start} is not an npz file with the arrays mu and sigma ({type(e).__name__}: {e}). {cure}") from e
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
+        raise DataError(f"{start} mu has shape {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; (D,) and (D, D) are wanted. {cure}")
+    if dim is not None and len(mu) != dim:
+        raise DataError(f"{start} is of features of width {len(mu)}, the extractor gives {dim}. Name a file of the same extractor.")
+    if problem := _no_covariance(mu, sigma):
+        raise DataError(f"{start} {problem} {cure}")
     return mu, sigma
+
+
+def _no_covariance(mu: Tensor, sigma: Tensor) -> str | None:
+    """Why these are not the moments of anything; None if they can be."""
+    for name, values in (("mu", mu), ("sigma", sigma)):
+        if bad := int((~values.isfinite()).sum()):
+            return f"{bad} of the {values.numel()} numbers of {name} are not finite."
+    largest = float(sigma.abs().max())
+    skew = float((sigma - sigma.mT).abs().max())
+    if skew > ROUNDING * largest:
+        return f"sigma is not symmetric: it differs from its transpose by up to {skew:.3g}, its largest entry is {largest:.3g}."
+    values = torch.linalg.eigvalsh((sigma + sigma.mT) / 2)
+    if values[0] < -ROUNDING * values.abs().max():
+        return f"sigma is not a covariance: it has the eigenvalue {float(values[0]):.3g} (the largest is {float(values[-1]):.3g})."
+    return None
 
 
 def save_reference(path: str | Path, mu: Tensor, sigma: Tensor) -> None:
@@ -95,6 +132,28 @@ def sized_name(prefix: str, samples: int) -> str:
     if samples >= FULL_SAMPLE:
         return prefix
     return f"{prefix}_{samples // 1000}k" if samples % 1000 == 0 and samples else f"{prefix}_{samples}"
+
+
+def check_counts(name: str, real: int | None, fake: int, wanted: int, *, lost_real: int = 0, lost_fake: int = 0) -> None:
+    """Make sure that both sides of a distance are of as many images as its name says.
+
+    Args:
+        name: of the distance.
+        real: vectors on the real side; None: it is a reference.
+        fake: vectors on the other side.
+        wanted: how many there should be on each.
+        lost_real: how many of them were left out since they were not finite, and are counted and reported.
+        lost_fake: likewise.
+
+    Raises:
+        DataError: there are more or fewer.
+    """
+    if fake + lost_fake != wanted or (real is not None and real + lost_real != wanted):
+        sides = f"{fake} images" + ("" if real is None else f" with {real}")
+        raise DataError(
+            f"{name} compares {sides}, not {wanted} on either side: the data did not give every image exactly once. Look for a sampler, "
+            "a limit or indices that leave some out."
+        )
 
 
 class FrechetDistance(DoubleMetric):
@@ -132,14 +191,10 @@ class FrechetDistance(DoubleMetric):
         """Read the reference file, if there is one.
 
         Raises:
-            DataError: it is missing or damaged.
-            ShapeError: it was made with an extractor of another width.
+            DataError: it cannot be used; see `load_reference`.
         """
         if self.reference is not None:
-            mu, sigma = load_reference(self.reference)
-            if len(mu) != self.dim:
-                raise ShapeError(f"frechet.reference = {self.reference} has features of width {len(mu)}, the extractor {self.dim}.")
-            self._reference = mu, sigma
+            self._reference = load_reference(self.reference, self.dim, key="frechet.reference")
 
     def update(self, features: Tensor, real: bool = False, valid: Tensor | None = None) -> None:
         """Count a batch.
@@ -151,6 +206,7 @@ class FrechetDistance(DoubleMetric):
 
         Raises:
             ShapeError: the width differs from `dim`.
+            DataError: a row that counts is not finite; says on which side. No moment would mean anything with it.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ShapeError(f"features have shape {tuple(features.shape)}; (B, {self.dim}) is wanted.")
@@ -158,6 +214,7 @@ class FrechetDistance(DoubleMetric):
             raise DataError(f"the real side comes from {self.reference}; real features cannot be added to it.")
         (x,) = valid_rows(valid, self.to_state(features))
         side = "real" if real else "fake"
+        check_rows(x, f"features of the {side} side", "Mark them as not valid, and report how many there were.")
         getattr(self, f"{side}_count").add_(x.shape[0])
         getattr(self, f"{side}_sum").add_(x.sum(0))
         getattr(self, f"{side}_outer").add_(x.mT @ x)

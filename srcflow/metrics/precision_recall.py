@@ -11,6 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from srcflow.errors import ConfigError, DataError
 from srcflow.metrics.double_metric import valid_rows
+from srcflow.metrics.non_finite import check_rows
 
 
 class PrecisionRecall(Metric):
@@ -41,8 +42,13 @@ class PrecisionRecall(Metric):
         self.add_state("fake", default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, real: bool = False, valid: Tensor | None = None) -> None:
-        """Keep a batch of features (B, D) of one side; `valid` (B,) bool marks the rows that count."""
+        """Keep a batch of features (B, D) of one side; `valid` (B,) bool marks the rows that count.
+
+        Raises:
+            DataError: a row that counts is not finite; says on which side. Neither side's manifold would mean anything with it.
+        """
         (x,) = valid_rows(valid, features.detach())
+        check_rows(x, f"features of the {'real' if real else 'fake'} side", "Mark them as not valid, and report how many there were.")
         (self.real if real else self.fake).append(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def compute(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from srcflow.errors import DataError, ShapeError
 from srcflow.metrics.double_metric import DoubleMetric, valid_rows
+from srcflow.metrics.non_finite import check_rows
 
 PSNR_LIMIT = 100.0
 """PSNR of a perfect reconstruction, in dB (a mean squared error below 1e-10 counts as 1e-10)."""
@@ -62,6 +63,7 @@ class ReconstructionMetrics(DoubleMetric):
 
         Raises:
             ShapeError: the shapes differ, or a side has fewer than 11 pixels.
+            DataError: an image that counts is not finite; says on which side.
         """
         if pred.shape != target.shape or pred.ndim != 4:
             raise ShapeError(f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}; both must be the same (B, 3, H, W).")
@@ -70,6 +72,8 @@ class ReconstructionMetrics(DoubleMetric):
         pred, target = valid_rows(valid, pred.detach(), target.detach())
         if not len(pred):
             return
+        check_rows(pred, "reconstructions (pred)", "Mark them as not valid, and report how many there were.")
+        check_rows(target, "images (target)")
         dtype = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
         pred, target = pred.to(dtype).clamp(0, 1), target.to(dtype)
         self.count += len(pred)

@@ -32,7 +32,7 @@ def write(task: Task, path: str) -> Path:
         path: the artifact's directory.
 
     Raises:
-        ArtifactError: something else is there.
+        ArtifactError: something else is there, or the weights are not finite.
     """
     ema = task.ema
     raw: dict[str, Tensor] | None = None
@@ -61,8 +61,8 @@ def export(task: Task, checkpoint: str, path: str, *, ema: float | None = None) 
 
     Raises:
         ForeignCheckpointError: the file is no checkpoint of this task, or its weights do not fit the configured modules.
+        ArtifactError: its weights are not finite, or something else is at `path`.
         CheckpointError: the file is damaged.
-        ArtifactError: something else is at `path`.
         ConfigError: it has no such average, or nothing can be written at `path`.
     """
     artifacts.check_target(path, "out")
@@ -86,11 +86,14 @@ def _of_product(task: Task, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _save(task: Task, path: str, raw: Mapping[str, Tensor] | None, facts: Mapping[str, Any], *, here: bool) -> Path:
     target, module = Path(path), task.made
     trained(task)  # reshards what a forward has left gathered
+    state = module.state_dict()
     if any(isinstance(p, DTensor) for p in module.parameters()):
-        state = {k: full(v) for k, v in module.state_dict().items()}  # a collective
+        state = {k: full(v) for k, v in state.items()}  # a collective
         if here:
             module = artifacts.widened(build(spec_of(module), nn.Module), state)
             artifacts.load_state(module, state, what=type(module).__name__)
+    for weights in (state, raw or {}):
+        artifacts.check_finite(weights, f"the artifact {target} of {type(task).__name__} is not written")
     if here:
         start = target.resolve()
         built_on = {r: {"path": os.path.relpath(b["path"], start), "hash": b["hash"]} for r, b in facts["built_on"].items()}

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DistributedSampler
 
 import srcflow
@@ -26,9 +27,9 @@ from srcflow.callbacks.non_finite import BadStep, NonFiniteGuard
 from srcflow.data.manifest import weights_hash
 from srcflow.datamodules.base import DataModule, Resumable
 from srcflow.datamodules.feature_store import FeatureStore
-from srcflow.errors import ConfigError, ManifestMismatchError, Problems
+from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
 from srcflow.registry import spec_of
-from srcflow.tasks import artifact, dump, examination, resume, strategies
+from srcflow.tasks import artifact, dump, examination, image_sizes, resume, strategies
 from srcflow.tasks.checkpoint import FACTS, refuse_foreign
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.report import table, write_metrics
@@ -54,6 +55,7 @@ class Task(L.LightningModule):
     """
 
     product: ClassVar[str]
+    shorter_test: ClassVar[str] = "Name a smaller test set."  # the cure for a test of some batches only
 
     def __init__(
         self,
@@ -129,10 +131,22 @@ class Task(L.LightningModule):
                     "Set model.optimization.gradient_clip instead.",
                 )
             )
+        if stage == "test":
+            with problems.collect():
+                self._check_whole_test()
         if stage == "fit" and self.artifact is not None:
             with problems.collect():
                 self._check_artifact(Path(self.artifact))
         problems.raise_if_any()
+
+    def _check_whole_test(self) -> None:
+        """Refuse to test on a part of the test set: every number would be of fewer images than its name and protocol say."""
+        trainer = cast(Any, self.trainer)
+        for key, value in (("fast_dev_run", trainer.fast_dev_run), ("limit_test_batches", trainer.limit_test_batches)):
+            whole = value == 0 if key == "fast_dev_run" else isinstance(value, float) and value == 1.0  # the integer 1 is one batch
+            if not whole:
+                why = "a test of some batches measures fewer images than its numbers are named for."
+                raise ConfigError(f"trainer.{key}", value, why, f"Leave it out. {self.shorter_test}")
 
     def _check_artifact(self, artifact: Path) -> None:
         """Refuse a place that `artifact.write` would refuse at the end: something else is there, or this run writes into it."""
@@ -194,6 +208,21 @@ class Task(L.LightningModule):
                         parameters[name].copy_(like(self._raw_state[owner], parameters[name]))
             self._raw_state = None
 
+    def check_weights(self) -> None:
+        """Refuse weights that are not finite, on all ranks if on one.
+
+        Raises:
+            ArtifactError: names the first such tensors, and the cure.
+        """
+        what = f"ckpt_path = {str(self.trainer.ckpt_path)!r}" if self.trainer.ckpt_path else type(self.made).__name__
+        problem: ArtifactError | None = None
+        try:
+            artifacts.check_finite({k: v.to_local() if isinstance(v, DTensor) else v for k, v in self.state_dict().items()}, what)
+        except ArtifactError as e:
+            problem = e
+        if not self.trainer.strategy.reduce_boolean_decision(problem is None, all=True):
+            raise problem or ArtifactError(f"{what}: the weights that another rank holds are not finite.")
+
     def _check_store(self) -> None:
         """Refuse stored features of another encoder; once, since it takes a hash of the weights."""
         store = getattr(self._trainer, "datamodule", None)
@@ -215,12 +244,14 @@ class Task(L.LightningModule):
         self.place()
 
     def on_test_start(self) -> None:
-        """See `place`."""
+        """See `place` and `check_weights`."""
         self.place()
+        self.check_weights()
 
     def on_predict_start(self) -> None:
-        """See `place`."""
+        """See `place` and `check_weights`."""
         self.place()
+        self.check_weights()
 
     def on_train_start(self) -> None:
         """End a fit that has nothing to train: what is fitted by statistics is ready by now."""
@@ -275,10 +306,13 @@ class Task(L.LightningModule):
         """Images (B, 3, H, W) float32 in [0, 1] of a batch.
 
         Raises:
-            ConfigError: the batch has none.
+            ConfigError: the batch has none, or of another size than the autoencoder's.
         """
         if "images" not in batch:
             raise ConfigError("data", "features only", f"{type(self).__name__} needs the images too.", "Use data.with_images: true.")
+        codec = self.codec_of_run()
+        if isinstance(codec, Autoencoder):
+            image_sizes.check_images(tuple(batch["images"].shape[-2:]), codec)
         return batch["images"].to(self.device).float().div_(255)
 
     def features_from(self, batch: Batch, autoencoder: Autoencoder) -> tuple[Tensor, Grid]:

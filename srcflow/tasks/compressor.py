@@ -13,6 +13,8 @@ from srcflow.compressors.base import Compressor
 from srcflow.errors import ConfigError, Problems
 from srcflow.losses.reconstruction import feature_loss
 from srcflow.metrics.codes import EIGENVALUE_FLOOR, KURTOSIS_CEILING, NOISE_STD_FLOOR, CodeHealth, warnings_for
+from srcflow.metrics.non_finite import finite_rows
+from srcflow.pipeline import like_weights
 from srcflow.statistics import Moments, principal_components
 from srcflow.tasks.reconstruction import ReconstructionTask
 from srcflow.types import Batch, Grid
@@ -24,8 +26,9 @@ class CompressorTask(ReconstructionTask):
     Encoder and decoder stay as they are. The feature loss (mean squared error and cosine) compares the expanded codes of noisy features
     with the clean normalised features: as for the images, what is asked for is the clean signal. A learned compressor starts from a PCA of
     clean normalised features, unless told otherwise; one that is only fitted (PCA) or needs no fitting (Identity) is written without a
-    training step. Evaluation adds the health of the codes over several noise draws, and warns below the stated floors. See
-    `ReconstructionTask` for the other losses and metrics.
+    training step. Evaluation adds the health of the codes over several noise draws, and warns below the stated floors; images whose codes
+    are not finite are counted (`codes/non_finite`), and then there are no numbers of health (NaN in validation). See `ReconstructionTask`
+    for the other losses and metrics.
 
     Args:
         autoencoder: directory of the autoencoder's stage.
@@ -65,6 +68,7 @@ class CompressorTask(ReconstructionTask):
         self.feature_weight, self.health_draws = feature_weight, health_draws
         self.limits = {"noise_share": noise_share_floor, "eigenvalue_ratio": eigenvalue_floor, "kurtosis": kurtosis_ceiling}
         self._health: CodeHealth | None = None
+        self._bad_codes = torch.zeros((), dtype=torch.long)
 
     @property
     def codec(self) -> Autoencoder:
@@ -106,19 +110,25 @@ class CompressorTask(ReconstructionTask):
 
     def reconstruct(self, raw: Tensor, grid: Grid, noise: Tensor | None) -> Tensor:
         """See `ReconstructionTask.reconstruct`."""
-        _, features = self.compressor(self.codec.normalize(raw, noise), grid)
-        return self.codec.decode(features, grid)
+        _, features = self.compressor(self._normalized(raw, noise), grid)
+        return self.codec.decode(like_weights(features, self.codec), grid)
+
+    def _normalized(self, raw: Tensor, noise: Tensor | None) -> Tensor:
+        """Normalised features in the compressor's precision, which may be another than the frozen codec's."""
+        return like_weights(self.codec.normalize(raw, noise), self.compressor)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The image losses of decoded codes, and the feature loss."""
         raw, grid = self.features_from(batch, self.codec)
         noise = self.noise_for(self.noise, raw, batch["indices"], "train")
-        _, features = self.compressor(self.codec.normalize(raw, noise), grid)
+        _, features = self.compressor(self._normalized(raw, noise), grid)
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
         if self.decodes:
-            loss = loss + self.image_loss(self.codec.decode(features, grid), self.images_from(batch), batch, batch_idx)
+            loss = loss + self.image_loss(
+                self.codec.decode(like_weights(features, self.codec), grid), self.images_from(batch), batch, batch_idx
+            )
         if self.feature_weight > 0:
-            term = feature_loss(features, self.codec.normalize(raw))
+            term = feature_loss(features, self._normalized(raw, None))
             self.log("train/feature", term.detach(), prog_bar=True)
             loss = loss + self.feature_weight * term
         self.log("train/loss", loss.detach())
@@ -130,6 +140,7 @@ class CompressorTask(ReconstructionTask):
         """Fresh streaming metrics, those of the codes included."""
         super().begin_evaluation()
         self._health = CodeHealth(self.compressor.code_dim).to(self.device) if self.eval_noise is not None else None
+        self._bad_codes = torch.zeros((), dtype=torch.long, device=self.device)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> None:
@@ -140,19 +151,28 @@ class CompressorTask(ReconstructionTask):
         raw, grid = self.features_from(batch, self.codec)
         draws = [
             self.compressor.compress(
-                self.codec.normalize(raw, self.noise_for(self.eval_noise, raw, batch["indices"], "evaluation", draw)), grid
+                self._normalized(raw, self.noise_for(self.eval_noise, raw, batch["indices"], "evaluation", draw)), grid
             )
             for draw in range(self.health_draws)
         ]
-        self._health.update(torch.stack(draws), batch["valid"])
+        codes, valid = torch.stack(draws), batch["valid"].to(self.device)
+        finite = finite_rows(codes.transpose(0, 1))
+        self._bad_codes += (valid & ~finite).sum()
+        self._health.update(codes, valid & finite)
 
     def numbers(self) -> tuple[dict[str, float], int]:
         """Adds `codes/...`, and warns of unhealthy codes."""
         found, count = super().numbers()
         if self._health is not None:
-            health = self._health.compute()
+            bad = found["codes/non_finite"] = self.total(self._bad_codes)
+            health = {} if bad == count > 0 else self._health.compute()
+            if bad:
+                health = {} if self.trainer.testing else dict.fromkeys(health, float("nan"))
+                lines = [f"the codes of {bad} of {count} images are not finite, and not measured: the compressor has diverged."]
+            else:
+                lines = warnings_for(health, **self.limits)
             found.update({f"codes/{k}": v for k, v in health.items()})
             if not self.trainer.sanity_checking:
-                for line in warnings_for(health, **self.limits):
+                for line in lines:
                     rank_zero_warn(f"code health: {line}", stacklevel=2)
         return found, count

@@ -21,12 +21,15 @@ from srcflow.compressors.identity import Identity
 from srcflow.errors import ArtifactError, ConfigError, Problems
 from srcflow.flows.flow import Flow
 from srcflow.flows.likelihood import normal_log_prob
+from srcflow.flows.temperatures import check_temperature
 from srcflow.guidance.base import Guidance
+from srcflow.metrics.non_finite import counted_by_caller
 from srcflow.nn.attention import watch_logits
 from srcflow.noise import Constant, Noise
-from srcflow.pipeline import Pipeline
+from srcflow.pipeline import Pipeline, like_weights
 from srcflow.solvers.base import Solver
 from srcflow.statistics import Moments
+from srcflow.tasks import image_sizes
 from srcflow.tasks.base import Task, Weights
 from srcflow.tasks.flow_evaluation import STANDARD, Evaluation, FlowEvaluator
 from srcflow.tasks.flow_extremes import extremes
@@ -67,6 +70,10 @@ class FlowTask(Task):
     """
 
     product: ClassVar[str] = "flow"
+    shorter_test: ClassVar[str] = (
+        "For a shorter test set evaluation.samples (the images of every distance), evaluation.classified and evaluation.baseline_batches, "
+        "or name a smaller test set."
+    )
 
     def __init__(
         self,
@@ -98,8 +105,8 @@ class FlowTask(Task):
             problems.add(ConfigError("latent_norm_weight", latent_norm_weight, "must not be negative."))
         if statistics_batches is not None and statistics_batches < 1:
             problems.add(ConfigError("statistics_batches", statistics_batches, "must be at least 1.", "Write null for the whole set."))
-        if not temperature > 0:
-            problems.add(ConfigError("temperature", temperature, "must be positive."))
+        with problems.collect():
+            check_temperature("temperature", temperature)
         if checkpoint_every < 0:
             problems.add(ConfigError("checkpoint_every", checkpoint_every, "must not be negative.", "Write 0 to keep all activations."))
         problems.raise_if_any()
@@ -118,8 +125,9 @@ class FlowTask(Task):
         """Load the codec and check that it fits the flow and the data.
 
         Raises:
-            ConfigError: two sizes, or the number of classes, disagree.
-            ArtifactError: the codec cannot be loaded.
+            ConfigError: two sizes (of the images, too), or the number of classes, disagree.
+            ArtifactError: the codec cannot be loaded, or its weights are not finite.
+            DataError: for a test, evaluation.reference cannot be used.
         """
         super().setup(stage)
         places = locate(self.codec, autoencoder=self.moved_autoencoder)
@@ -133,6 +141,8 @@ class FlowTask(Task):
             self.set_outside("compressor", Identity(autoencoder.dim))
         with problems.collect():
             check_chain(autoencoder, self.compressor, self.flow)
+        with problems.collect():
+            image_sizes.check_data(cast(Any, self.trainer).datamodule, autoencoder)
         if self.noise is None:
             self.noise = autoencoder.default_noise()
             if self.noise is None:
@@ -159,6 +169,9 @@ class FlowTask(Task):
         if self.evaluation.extractor is not None:
             with problems.collect():
                 check_judge(self.evaluation.extractor, autoencoder)
+        if stage == "test":
+            with problems.collect():
+                self.evaluation.check_reference()
         problems.raise_if_any()
         if stage == "test" and self.evaluation.extractor is not None and "extractor" not in self.outside:
             self.evaluation.extractor.setup()
@@ -181,12 +194,14 @@ class FlowTask(Task):
         """Load another flow's weights.
 
         Raises:
-            ArtifactError: there is no flow, or its keys or shapes do not fit; lists them.
+            ArtifactError: there is no flow, its keys or shapes do not fit (lists them), or its weights are not finite.
         """
         places = locate(directory)
         if "flow" not in places:
             raise ArtifactError(f"model.initial = {directory!r} holds no flow.")
-        artifacts.load_state(self.flow, artifacts.read_weights(places["flow"]), what=f"model.initial = {directory!r}")
+        state, what = artifacts.read_weights(places["flow"]), f"model.initial = {directory!r}"
+        artifacts.check_finite(state, what)
+        artifacts.load_state(self.flow, state, what=what)
         self.initial = None  # setup is called again for another loop
 
     @property
@@ -251,7 +266,7 @@ class FlowTask(Task):
         """Noisy codes (B, N, d), at least float32, float64 for such a flow; keyed by `purpose`, `step` and the samples' indices."""
         raw, grid = self.features_from(batch, self.autoencoder)
         noise = self.noise_for(self.noise, raw, batch["indices"], purpose, step)
-        codes = self.compressor.compress(self.autoencoder.normalize(raw, noise), grid)
+        codes = self.compressor.compress(like_weights(self.autoencoder.normalize(raw, noise), self.compressor), grid)
         return codes.to(torch.promote_types(codes.dtype, torch.promote_types(self.flow.prior_std.dtype, torch.float32)))
 
     def condition(self, batch: Batch, *, dropout: bool) -> Condition | None:
@@ -358,8 +373,11 @@ class FlowTask(Task):
         self.log_dict({k: v.float() for k, v in values.items()}, prog_bar=True, rank_zero_only=True)
 
     def sample_images(self, labels: int | Tensor, seed: int) -> Tensor:
-        """Images (n, 3, H, W) in [0, 1] for n samples or the given labels (n,), drawn and denoised as the task is set to."""
-        with gathered(self.flow), self.trainer.precision_plugin.forward_context():
+        """Images (n, 3, H, W) in [0, 1] for n samples or the given labels (n,), drawn and denoised as the task is set to.
+
+        What is not finite is NaN, and the caller's to report.
+        """
+        with gathered(self.flow), counted_by_caller(), self.trainer.precision_plugin.forward_context():
             condition: int | Condition = labels if isinstance(labels, int) else Condition(labels=labels)
             if not isinstance(condition, int) and self.flow.kind != "labels":
                 condition = len(condition)

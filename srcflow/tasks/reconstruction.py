@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from srcflow import randomness
@@ -16,10 +16,12 @@ from srcflow.losses.adversarial import Adversarial
 from srcflow.losses.perceptual import Perceptual
 from srcflow.losses.reconstruction import pixel_loss
 from srcflow.metrics.features.base import Extractor
-from srcflow.metrics.frechet import FrechetDistance, sized_name
+from srcflow.metrics.frechet import FrechetDistance, check_counts, sized_name
+from srcflow.metrics.non_finite import NonFiniteImagesWarning, finite_name, to_unit_range, without_non_finite
 from srcflow.metrics.reconstruction import ReconstructionMetrics
 from srcflow.noise import Noise
 from srcflow.registry import spec_of
+from srcflow.tasks import image_sizes
 from srcflow.tasks.base import Task, Weights
 from srcflow.tasks.discriminator import Discriminator
 from srcflow.tasks.optimization import DEFAULT, Optimization
@@ -35,6 +37,8 @@ class ReconstructionTask(Task):
     The loss is `pixel_weight` * L1 + `perceptual_weight` * perceptual + adversarial, of the clean images; a term of weight 0 costs nothing,
     and if all of them are 0 no image is decoded. Evaluation reconstructs at noise 0 and, under names that start with `noisy_`, at
     `eval_noise`: L1, PSNR and SSIM per image, and the Frechet distance of reconstructions to images if there is an `extractor`.
+    Reconstructions that are not finite are counted (`reconstructions_non_finite`) and left out; no number that would include them has its
+    plain name then (in validation it is NaN).
 
     Args:
         noise: noise law of training, in units of the raw features' unit RMS (RAE: Uniform, maximum 0.8); null: none.
@@ -111,6 +115,8 @@ class ReconstructionTask(Task):
         self._loaded: set[str] = set()
         self._restored: dict[str, Any] | None = None
         self._measures: dict[str, ReconstructionMetrics] = {}
+        self._seen = torch.zeros((), dtype=torch.long)  # images that counted
+        self._lost: dict[str, Tensor] = {}  # by kind: how many of their reconstructions were not finite
         self._distances: dict[str, FrechetDistance] = {}
 
     # --- what the stages define ------------------------------------------------------------------------------------------------------
@@ -134,10 +140,13 @@ class ReconstructionTask(Task):
         """Load the weights of losses and judge.
 
         Raises:
-            ConfigError: weights are not at hand, the judge is the network that makes the features, or there is nothing to learn from.
+            ConfigError: weights are not at hand, the judge is the network that makes the features, the data have images of another size
+                than the decoder, or there is nothing to learn from.
         """
         super().setup(stage)
         problems = Problems()
+        with problems.collect():
+            image_sizes.check_data(cast(Any, self.trainer).datamodule, self.codec)
         for name in ("perceptual", "adversarial") if stage == "fit" else ():
             if name in self.outside and name not in self._loaded:
                 with problems.collect():
@@ -245,6 +254,8 @@ class ReconstructionTask(Task):
         """Fresh streaming metrics."""
         kinds = [""] if self.eval_noise is None else ["", "noisy_"]
         self._measures = {k: ReconstructionMetrics().to(self.device) for k in kinds}
+        self._seen = torch.zeros((), dtype=torch.long, device=self.device)
+        self._lost = {k: torch.zeros_like(self._seen) for k in kinds}
         if self.extractor is not None:
             dim = self.extractor.dim
             self._distances = {k: FrechetDistance(dim, small_sample=True).to(self.device) for k in kinds}
@@ -262,41 +273,69 @@ class ReconstructionTask(Task):
         """Count a batch in every metric."""
         images = self.images_from(batch)
         raw, grid = self.features_from(batch, self.codec)
-        valid = batch["valid"]
+        valid = batch["valid"].to(self.device)
         judged = self.extractor(images) if self.extractor is not None else None
+        self._seen += valid.sum()
         for kind, measure in self._measures.items():
-            pred = self._reconstruct(raw, grid, batch, noisy=kind != "")
-            measure.update(pred, images, valid)
+            pred, finite = without_non_finite(self._reconstruct(raw, grid, batch, noisy=kind != ""))
+            self._lost[kind] += (valid & ~finite).sum()
+            measure.update(pred, images, valid & finite)
             if judged is not None and self.extractor is not None:
                 self._distances[kind].update(judged, real=True, valid=valid)
-                self._distances[kind].update(self.extractor(pred), valid=valid)
+                self._distances[kind].update(self.extractor(pred), valid=valid & finite)
 
     def _reconstruct(self, raw: Tensor, grid: Grid, batch: Batch, *, noisy: bool) -> Tensor:
         noise = self.noise_for(self.eval_noise, raw, batch["indices"], "evaluation", 0) if noisy else None
-        return self.reconstruct(raw, grid, noise).float().clamp(0, 1)
+        return to_unit_range(self.reconstruct(raw, grid, noise))
+
+    def total(self, count: Tensor) -> int:
+        """A count summed over all ranks; a collective."""
+        return int(cast(Tensor, self.trainer.strategy.reduce(count.clone(), reduce_op="sum")))
 
     def numbers(self) -> tuple[dict[str, float], int]:
-        """The results so far, by name (a distance's name says how many images it is of), and the number of images. On every rank."""
-        reduced = self.trainer.strategy.reduce(self._measures[""].count.clone(), reduce_op="sum")
-        count = int(cast(Tensor, reduced))
+        """The results so far, by name (a distance's name says how many images it is of), and the number of images. On every rank.
+
+        A number that leaves out reconstructions which are not finite has a name that says so (`non_finite.finite_name`).
+        """
+        count = self.total(self._seen)
         found: dict[str, float] = {}
         for kind, measure in self._measures.items():
-            found.update({kind + name: float(v) for name, v in measure.compute().items()})
-        for kind, distance in self._distances.items():
-            if count >= 2:
-                found[kind + sized_name("rfid", count)] = float(distance.compute())
+            lost = self.total(self._lost[kind])
+            found[f"{kind}reconstructions_non_finite"] = lost
+            values = {} if lost == count > 0 else measure.compute()
+            found.update({kind + finite_name(name, count - lost, count): float(v) for name, v in values.items()})
+            if kind in self._distances and count - lost >= 2:
+                sides = self.counts()[kind + "rfid"]
+                check_counts(kind + "rfid", sides["real"], sides["fake"], count, lost_fake=lost)
+                name = finite_name("rfid", count - lost, count) if lost else sized_name("rfid", count)
+                found[kind + name] = float(self._distances[kind].compute())
+            if lost and not self.trainer.sanity_checking:
+                cure = "No number has them in it under its plain name. Look at the training's loss, or take an earlier checkpoint."
+                noisy = "noisy " if kind else ""
+                rank_zero_warn(f"{lost} of {count} {noisy}reconstructions are not finite. {cure}", category=NonFiniteImagesWarning)
         return found, count
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many vectors are on both sides of every distance. On every rank."""
+        return {f"{kind}rfid": {"real": self.total(d.real_count), "fake": self.total(d.fake_count)} for kind, d in self._distances.items()}
+
     def on_validation_epoch_end(self) -> None:
-        """Log the results, as `val/...`."""
-        found, _ = self.numbers()
-        self.log_dict({f"val/{k}": v for k, v in found.items()}, sync_dist=True)
+        """Log the results, as `val/...`; NaN for what would include reconstructions that are not finite, so that names stay the same."""
+        found, count = self.numbers()
+        for kind in self._measures:
+            if found[f"{kind}reconstructions_non_finite"]:
+                found = {k: v for k, v in found.items() if "_finite_of_" not in k}
+                found.update(dict.fromkeys((f"{kind}l1", f"{kind}psnr", f"{kind}ssim"), float("nan")))
+                if kind in self._distances:
+                    found[kind + sized_name("rfid", count)] = float("nan")
+        self.log_dict({f"val/{k}": float(v) for k, v in found.items()}, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Report the numbers."""
         found, count = self.numbers()
         protocol = self.protocol(
             images=count,
+            counts=self.counts(),
             extractor=self.extractor.name if self.extractor is not None else None,
             noise=spec_of(self.eval_noise) if self.eval_noise is not None else None,
         )

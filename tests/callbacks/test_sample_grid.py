@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from torch import Tensor, nn
 
 from srcflow.callbacks.sample_grid import ReconstructionGrid, SampleGrid, grid_of
 from srcflow.callbacks.throughput import Throughput
 from srcflow.errors import ConfigError
+from srcflow.metrics.non_finite import NonFiniteImagesWarning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*no `val_dataloader`:UserWarning"),
@@ -111,6 +113,37 @@ def test_a_last_row_is_filled_with_white() -> None:
     assert sheet.shape == (3, 5, 5)
     assert (sheet[:, 3:, 3:] == 255).all()
     assert (sheet[:, 3:, :2] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_an_image_that_is_not_finite_is_magenta(bad: float) -> None:
+    images = torch.zeros(2, 3, 2, 2)
+    images[1, 0, 0, 0] = bad
+    sheet = grid_of(images, columns=2, gap=1)
+    assert (sheet[:, :, :2] == 0).all()
+    assert (sheet[:, :, 3:] == torch.tensor([255, 0, 255], dtype=torch.uint8).reshape(3, 1, 1)).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*module\\(s\\) in eval mode:UserWarning")
+def test_images_that_are_not_finite_are_counted_and_logged(tmp_path: Path) -> None:
+    class Runaway(Painter):
+        def sample_images(self, labels: Tensor, seed: int) -> Tensor:
+            return torch.where(labels.reshape(-1, 1, 1, 1) == 1, torch.nan, super().sample_images(labels, seed))
+
+        def reconstruction_images(self, batch: Any, limit: int) -> dict[str, Tensor]:
+            return {"original": batch["images"][:limit], "reconstruction": torch.full_like(batch["images"][:limit], torch.inf)}
+
+    logger = CSVLogger(tmp_path / "csv")
+    callbacks: list[L.Callback] = [SampleGrid(every_n_steps=6, columns=2), ReconstructionGrid(count=2)]
+    with pytest.warns(NonFiniteImagesWarning) as caught:
+        fit(tmp_path, Runaway(), callbacks, logger=logger)
+    said = " ".join(str(w.message) for w in caught)
+    assert "step 6: 2 of 6 samples are not finite" in said
+    assert "step 6: 2 of 4 reconstructions are not finite" in said
+    logger.save()
+    rows = list(csv.DictReader(next((tmp_path / "csv").rglob("metrics.csv")).read_text().splitlines()))
+    assert {float(r["samples_non_finite"]) for r in rows if r["samples_non_finite"]} == {2.0}
+    assert {float(r["reconstructions_non_finite"]) for r in rows if r["reconstructions_non_finite"]} == {2.0}
 
 
 @pytest.mark.filterwarnings("ignore:.*module\\(s\\) in eval mode:UserWarning")

@@ -592,3 +592,13 @@ def test_the_prior_moves_in_place() -> None:
     flow.update_prior(torch.zeros(2, *flow.prior_std.shape))
     assert flow.prior_var is before
     torch.testing.assert_close(before, 0.9 * torch.ones_like(before))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("key", ["temperature", "attention_temperature"])
+def test_what_is_no_temperature_is_refused(key: str, bad: float) -> None:
+    flow, z = FLOWS["tarflow"](), torch.zeros(2, 6, 3)
+    for value in (bad, torch.tensor([1.0, bad])) if key == "attention_temperature" else (bad,):
+        for draw in (flow.inverse, flow.blocks_inverse):
+            with pytest.raises(ConfigError, match=rf"^{key} = .*positive and finite"):
+                draw(z, **{key: value})

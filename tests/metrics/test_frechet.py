@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +137,7 @@ def test_reference_file(tmp_path: Path) -> None:
     torch.testing.assert_close(metric.compute(), frechet_distance(*moments(x), *moments(y)), rtol=1e-9, atol=1e-9)
     with pytest.raises(DataError, match="cannot be added"):
         metric.update(y, real=True)
-    with pytest.raises(ShapeError, match="width 6, the extractor 5"):
+    with pytest.raises(DataError, match=r"frechet.reference = .*width 6, the extractor gives 5"):
         FrechetDistance(5, reference=str(tmp_path / "reference.npz")).setup()
 
 
@@ -151,6 +153,67 @@ def test_bad_reference_files_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "shapes.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
     with pytest.raises(DataError, match=r"\(3,\).*\(2, 2\)"):
         load_reference(tmp_path / "shapes.npz")
+
+
+def damaged(path: Path) -> dict[str, Path]:
+    """Files of which numpy, zipfile and zlib complain in their own ways."""
+    mu, sigma = np.random.default_rng(0).random(40), np.eye(40)
+    np.savez_compressed(path / "whole.npz", mu=mu, sigma=sigma + np.random.default_rng(1).random((40, 40)))
+    whole = (path / "whole.npz").read_bytes()
+    contents = {"empty": b"", "cut": whole[: len(whole) // 2], "zeros": whole[:3000] + bytes(200) + whole[3200:], "pickle": b"\x80\x04N."}
+    np.savez(path / "objects.npz", mu=np.array([None]), sigma=sigma)
+    np.savez(path / "complex.npz", mu=mu, sigma=sigma + 0j)
+    np.savez(path / "text.npz", mu=np.array(["a"]), sigma=sigma)
+    np.save(path / "array.npy", mu)
+    np.save(path / "dict.npy", np.array({"mu": mu, "sigma": sigma}), allow_pickle=True)
+    head = (path / "array.npy").read_bytes()
+    absurd = head.replace(b"(40,), }" + b" " * 12, b"(40000000000000,), }")
+    assert absurd != head
+    for name, content in contents.items():
+        (path / f"{name}.npz").write_bytes(content)
+    with zipfile.ZipFile(path / "members.npz", "w") as archive:
+        archive.writestr("mu.npy", b"no array")
+        archive.writestr("sigma.npy", head[:70])
+    with zipfile.ZipFile(path / "absurd.npz", "w") as archive:
+        archive.writestr("mu.npy", absurd)
+        archive.writestr("sigma.npy", absurd)
+    (path / "folder.npz").mkdir()
+    return {p.stem: p for p in path.iterdir() if p.stem != "whole"}
+
+
+def test_every_damaged_reference_is_one_error_with_key_file_and_cure(tmp_path: Path) -> None:
+    files = damaged(tmp_path)
+    assert len(files) == 12
+    for file in [*files.values(), tmp_path / ("x" * 400)]:
+        with pytest.raises(DataError) as caught:
+            load_reference(file, key="evaluation.reference")
+        said = str(caught.value)
+        assert said.startswith(f"evaluation.reference = '{file}': "), said
+        assert "null for the test images" in said
+
+
+def test_moments_that_nothing_can_have_are_refused(tmp_path: Path) -> None:
+    mu, sigma = torch.zeros(4), torch.diag(torch.tensor([4.0, 2, 1, 0]))
+    bad_mu, skew, negative, infinite = mu.clone(), sigma.clone(), sigma.clone(), sigma.clone()
+    bad_mu[1], skew[0, 1], negative[3, 3], infinite[2, 2] = torch.nan, 1e-3, -1e-3, torch.inf
+    for wrong, words in (
+        ((bad_mu, sigma), "1 of the 4 numbers of mu are not finite"),
+        ((mu, infinite), "1 of the 16 numbers of sigma are not finite"),
+        ((mu, skew), r"not symmetric: it differs from its transpose by up to 0\.001, its largest entry is 4"),
+        ((mu, negative), r"not a covariance: it has the eigenvalue -0\.001 \(the largest is 4\)"),
+        ((mu[:0], sigma[:0, :0]), r"\(D,\) and \(D, D\) are wanted"),
+    ):
+        save_reference(tmp_path / "r.npz", *wrong)
+        with pytest.raises(DataError, match=words):
+            load_reference(tmp_path / "r.npz")
+
+
+def test_what_rounding_does_to_a_covariance_is_taken(tmp_path: Path) -> None:
+    x = sample(20, seed=3)[:, [0, 1, 2, 0, 1, 2]] * torch.tensor([100.0, 1, 1, 100, 1, 1])  # singular
+    mu, sigma = moments(x)
+    for kept in (sigma, sigma.float(), sigma + 1e-6 * torch.triu(sigma, 1)):
+        save_reference(tmp_path / "r.npz", mu, kept)
+        load_reference(tmp_path / "r.npz", 6)
 
 
 def test_small_samples_are_refused_unless_asked_for() -> None:
@@ -190,9 +253,16 @@ def test_reset_can_keep_the_real_side() -> None:
 def test_features_that_are_not_finite_are_reported() -> None:
     metric = FrechetDistance(6, small_sample=True)
     metric.update(sample(10), real=True)
-    metric.update(sample(10) / 0)
-    with pytest.raises(DataError, match="not finite"):
-        metric.compute()
+    for bad in (math.nan, math.inf, -math.inf):
+        features = sample(10)
+        features[3, 2] = bad
+        with pytest.raises(DataError, match=r"1 of 10 features of the fake side are not finite"):
+            metric.update(features)
+        with pytest.raises(DataError, match=r"1 of 9 features of the real side are not finite"):
+            metric.update(features, real=True, valid=torch.arange(10) > 0)
+        metric.update(features, valid=torch.arange(10) != 3)
+    assert (int(metric.real_count), int(metric.fake_count)) == (10, 27)
+    assert metric.compute() >= 0
 
 
 def test_names_tell_the_sample_count() -> None:

@@ -75,3 +75,15 @@ def test_against_the_definition() -> None:
 def test_needs_more_than_k_samples() -> None:
     with pytest.raises(DataError, match="more than 3 fake samples, not 0"):
         measure(torch.randn(10, 8), torch.randn(0, 8))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("real", [True, False])
+def test_features_that_are_not_finite_are_refused(bad: float, real: bool) -> None:
+    metric = PrecisionRecall()
+    x = torch.randn(6, 8)
+    x[2, 1] = bad
+    with pytest.raises(DataError, match=f"1 of 6 features of the {'real' if real else 'fake'} side are not finite"):
+        metric.update(x, real=real)
+    metric.update(x, real=real, valid=torch.arange(6) != 2)
+    assert len(metric.real if real else metric.fake) == 1

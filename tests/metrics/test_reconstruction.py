@@ -63,3 +63,16 @@ def test_errors() -> None:
         ReconstructionMetrics().update(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))
     with pytest.raises(ShapeError, match=r"\(1, 3, 16, 16\).*\(2, 3, 16, 16\)"):
         ReconstructionMetrics().update(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_before_it_is_clamped(bad: float) -> None:
+    good, broken = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    broken[1, 0, 3, 3] = bad
+    metrics = ReconstructionMetrics()
+    with pytest.raises(DataError, match=r"1 of 2 reconstructions \(pred\) are not finite"):
+        metrics.update(broken, good)
+    with pytest.raises(DataError, match=r"1 of 2 images \(target\) are not finite"):
+        metrics.update(good, broken)
+    metrics.update(broken, good, valid=torch.tensor([True, False]))
+    assert int(metrics.count) == 1

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from srcflow import artifacts
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.callbacks.ema import EMA
+from srcflow.guidance.gaussian import Gaussian
 from srcflow.tasks.flow_evaluation import Evaluation
 
 
@@ -41,6 +42,8 @@ def main(mode: str, root: Path) -> None:
     trainer.fit(task, parts.SquaresData())
     if (mode == "fsdp2") != any(isinstance(p, DTensor) for p in task.flow.parameters()):
         raise AssertionError("the flow is sharded under FSDP2, and there alone")
+    trainer.test(task, parts.SquaresData(), verbose=False)
+    task.guidance, task.metrics_file = Gaussian(1e30), str(root / f"{mode}-runaway.json")
     trainer.test(task, parts.SquaresData(), verbose=False)
 
 

@@ -432,3 +432,93 @@ def test_another_configurations_weights_are_refused(tmp_path: Path, codec: str) 
         trainer(tmp_path, callbacks=[]).validate(task, SquaresData(), verbose=False)
     with pytest.raises(ArtifactError, match="holds no flow"):
         trainer(tmp_path, callbacks=[]).validate(make(codec, initial=codec), SquaresData(), verbose=False)
+
+
+def test_predictions_are_in_nats_per_dimension_under_noise_of_their_own(codec: str, tmp_path: Path) -> None:
+    flow = perturb(presets.srcflow((2, 2), 108, 64, [1, 2], num_classes=3, head_dim=32, normalization="none"), 0.05)
+    task = make(codec, flow=flow, noise=Constant(0.2), seed=7)
+    first, second = (trainer(tmp_path, callbacks=[]).predict(task, SquaresData()) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    data = Squares(32, 1000)
+    pixels = PixelPatches(12, 6)
+    raw, _ = pixels.features(data.images.float() / 255)
+    noise = Constant(0.2).sample((4, 108), seed=7, purpose="predict", step=0, indices=range(32))
+    with torch.no_grad():
+        out = flow(pixels.normalize(raw, noise), Condition(labels=data.labels))
+    expected = (0.5 * out.z.square() + 0.5 * math.log(2 * math.pi)).sum((1, 2)) - out.logdet
+    found, again = (torch.cat([b["nll"] for b in batches]) for batches in (first, second))  # type: ignore[call-overload]
+    torch.testing.assert_close(found, expected / 432, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found, again)
+
+
+def test_float64_on_a_codec_in_float32(tmp_path: Path, autoencoder: Any) -> None:
+    """trainer.precision 64-true: the flow is in float64, the frozen codec and the judge stay as they are."""
+    stage0 = autoencoder()
+    stage0.set_statistics(torch.zeros(16, 16), torch.ones(16, 16))
+    base = artifacts.save(tmp_path / "stage0", stage0)
+    top = tmp_path / "stage1"
+    torch.manual_seed(1)
+    artifacts.save(top, LinearCompressor(16, 4), manifest={"built_on": {"autoencoder": artifacts.reference(base, start=top)}})
+
+    class Larger(SquaresData):  # 16 x 16 pixels
+        def data(self, n: int, seed: int) -> DataLoader[Any]:
+            data = Squares(n, seed)
+            data.images = nn.functional.pad(data.images, (2, 2, 2, 2))
+            return DataLoader(data, batch_size=self.batch_size)
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return self.data(96, 0)
+
+        def val_dataloader(self) -> DataLoader[Any]:
+            return self.data(32, 1000)
+
+        test_dataloader = predict_dataloader = val_dataloader
+
+    numbers: list[Any] = []
+    for precision in ("32-true", "64-true"):
+        torch.manual_seed(0)
+        flow = presets.srcflow((4, 4), 4, 32, [1, 2], num_classes=3, head_dim=16)
+        evaluation = Evaluation(samples=24, extractor=Means(), baseline_batches=2, classified=8, round_trip=4)
+        file = tmp_path / "m.json"
+        task = FlowTask(flow, str(top), Constant(0.4), evaluation=evaluation, metrics_file=str(file), guidance=Linear(0.5))
+        run = trainer(tmp_path, steps=4, precision=precision)
+        run.fit(task, Larger())
+        (validated,) = run.validate(task, Larger(), verbose=False)
+        run.test(task, Larger(), verbose=False)
+        predicted = run.predict(task, Larger())
+        assert task.sample_images(3, seed=0).dtype == torch.float32
+        assert predicted is not None
+        assert predicted[0]["nll"].dtype == flow.prior_std.dtype == (torch.float64 if precision == "64-true" else torch.float32)  # type: ignore[call-overload,index]
+        numbers.append({**json.loads(file.read_text())["metrics"], "val/nll": validated["val/nll"]})
+    for each in numbers:
+        assert each.pop("images_per_second") > 0
+    assert numbers[1].pop("round_trip_error") < 1e-12 < numbers[0].pop("round_trip_error")
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-5)
+
+
+def test_the_baseline_does_not_read_the_whole_training_set_by_default(tmp_path: Path, codec: str) -> None:
+    class Many(SquaresData):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(Squares(404, 0), batch_size=4)
+
+    flow = presets.srcflow((2, 2), 108, 32, [1], num_classes=3, head_dim=32, normalization="none")
+    task = make(codec, flow=flow, evaluation=Evaluation(samples=0, classified=0, round_trip=0), metrics_file=str(tmp_path / "m.json"))
+    trainer(tmp_path, callbacks=[]).test(task, Many(), verbose=False)
+    assert json.loads((tmp_path / "m.json").read_text())["protocol"]["gaussian"] == {"covariance": "token", "samples": 400}
+
+
+def test_initial_weights_that_are_not_finite_are_refused(tmp_path: Path, codec: str) -> None:
+    first = presets.starflow((2, 2), 108, 64, [1, 2], head_dim=32)
+    with torch.no_grad():
+        next(first.parameters()).view(-1)[0] = math.inf
+    task = make(codec, flow=presets.starflow((2, 2), 108, 64, [1, 2], head_dim=32), noise=Constant(0.3))
+    task.initial = str(artifacts.save(tmp_path / "first", first))
+    with pytest.raises(ArtifactError, match=r"model.initial = '.*first': the weights are not finite"):
+        trainer(tmp_path, callbacks=[]).fit(task, SquaresData())
+
+
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])
+def test_a_task_has_a_temperature(codec: str, bad: float) -> None:
+    with pytest.raises(SrcflowError, match=r"temperature = .*positive and finite"):
+        make(codec, temperature=bad)
