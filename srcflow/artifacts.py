@@ -15,7 +15,9 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import srcflow
-from srcflow.errors import ArtifactError, ManifestMismatchError
+from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError
 from srcflow.registry import build, spec_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -92,6 +94,53 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
         raise ArtifactError(f"{target} exists and is not an artifact; name another directory, or move it away.")
     return target
+
+
+def check_writable(path: str | os.PathLike[str], key: str, *, directory: bool) -> None:
+    """Try a target before the work whose result it gets; afterwards everything is as it was.
+
+    A file is made and removed in the directory, or in the nearest parent that there is.
+
+    Args:
+        path: the file or directory to be written.
+        key: the option that names it, for the message.
+        directory: whether `path` becomes a directory; otherwise it becomes a file.
+
+    Raises:
+        ConfigError: the wrong kind of thing is there, a parent is a file, or nothing can be written (rights, read-only or full disk).
+    """
+    cure = "Name another place."
+    try:
+        place = Path(path).absolute()
+        there = place.exists()
+        if there and place.is_dir() != directory:
+            kinds = "a file, and a directory" if directory else "a directory, and a file"
+            raise ConfigError(key, str(path), f"is {kinds} is to be written there.", cure)
+        if there and not directory:
+            if place.is_file():  # not a device or a pipe, which opening could block or disturb
+                place.open("ab").close()
+            return
+        while not there:
+            if place.is_symlink():
+                raise ConfigError(key, str(path), f"{place} is a link to {os.readlink(place)}, which does not exist.", cure)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.lstat(place)  # says what `exists` keeps to itself: rights, or a name that is too long
+            place = place.parent
+            there = place.exists()
+        if not place.is_dir():
+            raise ConfigError(key, str(path), f"cannot be written, since {place} is not a directory.", cure)
+        handle, probe = tempfile.mkstemp(prefix=".srcflow-", suffix=".probe", dir=place)
+        try:
+            with open(handle, "wb") as f:
+                f.write(bytes(4096))  # a full disk may take the name, but not the content
+        finally:
+            os.unlink(probe)
+    except OSError as e:
+        raise ConfigError(key, str(path), f"cannot be written: {e.strerror or e}.", cure) from e
+    except ValueError as e:
+        if isinstance(e, ConfigError):
+            raise
+        raise ConfigError(key, str(path), f"cannot be written: {e}.", cure) from e
 
 
 def load(path: str | os.PathLike[str], base: type[M], *, weights: Literal["model", "raw"] = "model") -> M:
