@@ -65,13 +65,14 @@ def main(args: list[str] | None = None) -> None:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(e, file=sys.stderr)
         except Exception as e:
-            from srcflow.cli.parser import traceback_wanted, user_error
+            from srcflow.cli.parser import located, traceback_wanted, user_error
+            from srcflow.cli.trainer_options import of_lightning
 
-            error = user_error(e)
+            error = user_error(e) or of_lightning(e)
             if error is None or traceback_wanted():
                 raise
             status = error.status
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {located(error)}", file=sys.stderr)
     if status:
         raise SystemExit(status)
 
@@ -105,8 +106,10 @@ def _dispatch(args: list[str]) -> int:
 
             run_trainer()
     elif name in COMMANDS:
+        from srcflow.cli import sources
         from srcflow.cli.parser import Parser
 
+        sources.forget()
         command = importlib.import_module(f"srcflow.cli.{name}")
         if name not in ("plugins", "convert", "index"):  # the first reports broken plug-ins itself, the others name no part
             load_parts()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from srcflow.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
@@ -83,8 +81,8 @@ def values_of(pairs: list[str]) -> dict[str, Any]:
                 place = place.setdefault(name, {})
                 if not isinstance(place, dict):
                     raise ConfigError(f"set {key}", value, f"{name} is a value already.")
-            place[last] = parsed(value)
-        except yaml.YAMLError as e:
-            problems.add(ConfigError(f"set {key}", value, f"is no value: {e}."))
+            place[last] = parsed(value, f"set {key}")
+        except ConfigError as e:
+            problems.add(e)
     problems.raise_if_any()
     return values
