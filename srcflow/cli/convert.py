@@ -38,8 +38,11 @@ def configure(parser: Parser) -> None:
 
 def run(config: Namespace) -> int:
     """Convert and write the directory."""
+    from srcflow import artifacts
     from srcflow.convert.files import convert_file, defaults, read_config
 
+    artifacts.check_writable(config.out, "out", directory=True)
+    artifacts.check_target(config.out)
     settings: dict[str, Any] = {} if config.config is None else read_config(config.config)
     for key, value in values_of(config.set).items():
         both = isinstance(value, dict) and isinstance(settings.get(key), dict)

@@ -17,7 +17,7 @@ import jsonargparse
 
 import srcflow
 from srcflow.cli import TRACEBACK, TRAINER_COMMANDS, sources
-from srcflow.errors import ConfigError, SrcflowError, UnknownNameError
+from srcflow.errors import ConfigError, ProblemsError, SrcflowError, UnknownNameError
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)'")
@@ -26,6 +26,7 @@ _UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _UNKNOWN_KEY = re.compile(r"(?:Subcommand|Group) '([^']+)' does not accept option '([^']+)'")
 _UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: --([^\s=]+)")
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
+_NO_CLASS = r"Not a valid subclass of (\w+)(?:\. Got value: .*?)?\s+Subclass types expect one of:.*"
 _UNION = "Does not validate against any of the Union subtypes"
 
 
@@ -155,6 +156,8 @@ def user_error(error: BaseException | None) -> SrcflowError | None:
 
 def located(error: SrcflowError) -> str:
     """The error's message, with the file and line where the refused value stands, if it stands in one."""
+    if isinstance(error, ProblemsError):
+        return error.text(located(p) if isinstance(p, SrcflowError) else str(p) for p in error.problems)
     place = sources.place_of_value(error) if isinstance(error, ConfigError) else None
     return str(error) if place is None else f"{place}: {error}"
 
@@ -190,7 +193,7 @@ def _explained(message: str, error: BaseException | None, bases: Mapping[str, ty
             holder, owner = owner, found[1]
         if text.startswith(_UNION) and len(alternatives := _alternatives(text)) > 1:
             fitting = [a for a in alternatives if not a.startswith("Expected ")] or alternatives  # of the kind of value that was given
-            fitting = [a for a in fitting if _CLASS_PATH.match(a)] or fitting
+            fitting = [a for a in fitting if _CLASS_PATH.match(a)] or [a for a in fitting if not re.match(_NO_CLASS, a)] or fitting[:1]
             reason = fitting[0] if len(fitting) == 1 else _none_fits(fitting, text)
             if found := _CLASS_PATH.match(reason):
                 owner, reason = found[1], reason[found.end() :].lstrip(": ")
@@ -220,6 +223,7 @@ def _explained(message: str, error: BaseException | None, bases: Mapping[str, ty
         reason = reason[found.end() :].strip()
     reason = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", reason)
     reason = re.sub(r"typing\.Literal\[([^]]*)\]", r"one of \1", reason)
+    reason = re.sub(_NO_CLASS, r"expected a \1: the name of its class, or class_path and init_args.", reason, flags=re.S)
     reason = re.sub(r"^Expected an? (.+)\. Got value: (.*)$", r"expected \1, got \2.", reason.strip(), flags=re.S)
     return key, f"{key}: {reason}" if key else reason
 

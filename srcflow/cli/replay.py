@@ -28,8 +28,7 @@ def configure(parser: Parser) -> None:
 
 def run(config: Namespace) -> int:
     """Make the step, print what it is like; status 1 if it is not what the run saw."""
-    import torch
-
+    from srcflow.cli.devices import device_of
     from srcflow.cli.export import task_of
     from srcflow.tasks import dump as dumps
     from srcflow.tasks.discriminator import Discriminator
@@ -39,8 +38,8 @@ def run(config: Namespace) -> int:
     path = config.config or dump.config
     if path is None:
         raise ConfigError("config", None, "is missing: the dump has none.", "Give the run's configuration: --config FILE.")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", "cuda", "there is no GPU.", "Write cpu, or leave it out.")
+    if config.device is not None:
+        device_of(config.device)
     task = task_of(str(path))
     result = replay(dump, task, device=config.device, precision=config.precision)
     several = dump.facts["accumulate_grad_batches"] > 1 and isinstance(getattr(task, "discriminator", None), Discriminator)

@@ -79,7 +79,7 @@ def _on_command_line(key: str, *, anywhere: bool = False) -> bool:
     """Whether an argument gives this key, a part of it, or what it is a part of."""
     for argument in sys.argv[1:]:
         name = argument.partition("=")[0].lstrip("-").rstrip("+").replace("init_args.", "")
-        if not argument.startswith("--") or name in ("config", ""):
+        if not (argument.startswith("--") or "=" in argument) or name in ("config", ""):  # plan's --set has KEY=VALUE
             continue
         if name == key or key.startswith(f"{name}.") or name.startswith(f"{key}.") or (anywhere and name.endswith(f".{key}")):
             return True

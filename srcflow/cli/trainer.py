@@ -36,7 +36,7 @@ def run_trainer() -> None:
                 checkpoint_files.check(path)
 
         def _set_seed(self) -> None:
-            trainer_options.check(self.config[self.config.subcommand])
+            trainer_options.check(self.config[self.config.subcommand].as_dict())
             super()._set_seed()
 
         def before_instantiate_classes(self) -> None:
@@ -48,7 +48,7 @@ def run_trainer() -> None:
             except SrcflowError:
                 raise
             except Exception as e:  # every kind is raised for a value that does not suit
-                raise trainer_options.refused(e, self.config[self.config.subcommand].trainer) from e
+                raise trainer_options.refused(e, self.config[self.config.subcommand].trainer.as_dict()) from e
 
     CheckingCLI(
         Task,

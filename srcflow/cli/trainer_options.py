@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
-import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from srcflow.errors import ConfigError, Problems, SrcflowError
+from srcflow.cli.foreign import sentence
+from srcflow.errors import ConfigError, Problems
 
 SEEDS = 2**32 - 1
 """The largest seed that NumPy takes."""
@@ -24,6 +22,7 @@ CURES = {
 }
 SIGNS = (
     (r"gpu backend|CUDA|MPS|accelerator|torch_xla|TPU", "accelerator"),
+    (r"Timer|duration", "max_time"),
     (r"device", "devices"),
     (r"strateg", "strategy"),
     (r"precision|dtype", "precision"),
@@ -61,30 +60,14 @@ def refused(error: Exception, trainer: Mapping[str, Any]) -> ConfigError:
         trainer: the constructor's arguments.
     """
     text = sentence(error)
-    named = [k for k in trainer if re.search(rf"\b{k}\b", text)]
-    given = [k for k in named if re.search(rf"\b{k}=", text)] or [k for k in named if f"`{k}`" in text] or named
-    key = given[0] if given else next((k for sign, k in SIGNS if re.search(sign, text, re.I)), "")
+    places = [
+        (rank, found.start(), key)
+        for key in trainer
+        for rank, pattern in enumerate((rf"\b{key}=", rf"`{key}`", rf"\b{key}\b"))
+        if (found := re.search(pattern, text))
+    ]
+    key = min(places)[2] if places else next((k for sign, k in SIGNS if re.search(sign, text, re.I)), "")
     if not key:
         return ConfigError("trainer", "its options", text)
-    return ConfigError(f"trainer.{key}", trainer.get(key), text, CURES.get(key, ""))
-
-
-def of_lightning(error: Exception) -> SrcflowError | None:
-    """An error that Lightning raised on purpose, as one line; None for any other.
-
-    On purpose: a MisconfigurationException, or a ValueError that Lightning's own code raises.
-    """
-    exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")  # not imported: no error of Lightning's
-    if exceptions is None:
-        return None
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = bool(frames) and "lightning" in Path(frames[-1].filename).parts
-    if isinstance(error, exceptions.MisconfigurationException) or (type(error) is ValueError and inside):
-        return SrcflowError(f"{sentence(error)}\n(Lightning refuses this; `srcflow --debug ...` shows where.)")
-    return None
-
-
-def sentence(error: Exception) -> str:
-    """The message of an error in one line, ending with a full stop."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+    value = trainer.get(key)
+    return ConfigError(f"trainer.{key}", value.get("class_path", "...") if isinstance(value, dict) else value, text, CURES.get(key, ""))
