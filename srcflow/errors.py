@@ -150,7 +150,11 @@ class ProblemsError(SrcflowError, ValueError):
 
     def __init__(self, problems: list[Exception]) -> None:
         self.problems = problems
-        super().__init__(f"{len(problems)} problems:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1)))
+        super().__init__(self.text(map(str, problems)))
+
+    def text(self, messages: Iterable[str]) -> str:
+        """One message of many."""
+        return f"{len(self.problems)} problems:\n" + "\n".join(f"  {i}. {m}" for i, m in enumerate(messages, 1))
 
 
 def one_of(key: str, value: str, known: Iterable[str]) -> str:

@@ -38,12 +38,15 @@ class StopSignals:
         self._left, self._gap, self._since = 1, 1, 0.0
 
     def install(self) -> None:
-        """Take the signals over; only the main thread can."""
+        """Take the signals over; only the main thread can. One that came before is noted, if the handler until now says so (`came`)."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in self.numbers:
             if not self._ours(number):
-                self._before[number] = signal.signal(number, self._note)
+                self._before[number] = before = signal.signal(number, self._note)
+                for handler in (before, *getattr(before, "signal_handlers", ())):  # Lightning puts several into one
+                    if came := getattr(handler, "came", 0):
+                        self._note(came, None)
 
     def restore(self) -> None:
         """Give the signals back."""

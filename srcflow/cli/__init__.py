@@ -65,13 +65,14 @@ def main(args: list[str] | None = None) -> None:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(e, file=sys.stderr)
         except Exception as e:
-            from srcflow.cli.parser import traceback_wanted, user_error
+            from srcflow.cli.foreign import explained
+            from srcflow.cli.parser import located, traceback_wanted, user_error
 
-            error = user_error(e)
+            error = user_error(e) or explained(e)
             if error is None or traceback_wanted():
                 raise
             status = error.status
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {located(error)}", file=sys.stderr)
     if status:
         raise SystemExit(status)
 
@@ -105,8 +106,10 @@ def _dispatch(args: list[str]) -> int:
 
             run_trainer()
     elif name in COMMANDS:
+        from srcflow.cli import sources
         from srcflow.cli.parser import Parser
 
+        sources.forget()
         command = importlib.import_module(f"srcflow.cli.{name}")
         if name not in ("plugins", "convert", "index"):  # the first reports broken plug-ins itself, the others name no part
             load_parts()
@@ -115,8 +118,9 @@ def _dispatch(args: list[str]) -> int:
         return int(command.run(parser.instantiate(parser.parse_args(args[1:]))))
     else:
         known = (*TRAINER_COMMANDS, *COMMANDS)
-        hint = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
-        raise SrcflowError(f"{name!r} is no command.{hint} Known: {', '.join(known)}.")
+        options = ("--help", "--version", "--debug")
+        hint = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(name, (*known, *options), n=1))
+        raise SrcflowError(f"{name!r} is not a command.{hint} Known: {', '.join(known)}.")
     return 0
 
 

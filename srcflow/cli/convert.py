@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from srcflow.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
@@ -40,8 +38,11 @@ def configure(parser: Parser) -> None:
 
 def run(config: Namespace) -> int:
     """Convert and write the directory."""
+    from srcflow import artifacts
     from srcflow.convert.files import convert_file, defaults, read_config
 
+    artifacts.check_writable(config.out, "out", directory=True)
+    artifacts.check_target(config.out)
     settings: dict[str, Any] = {} if config.config is None else read_config(config.config)
     for key, value in values_of(config.set).items():
         both = isinstance(value, dict) and isinstance(settings.get(key), dict)
@@ -83,8 +84,8 @@ def values_of(pairs: list[str]) -> dict[str, Any]:
                 place = place.setdefault(name, {})
                 if not isinstance(place, dict):
                     raise ConfigError(f"set {key}", value, f"{name} is a value already.")
-            place[last] = parsed(value)
-        except yaml.YAMLError as e:
-            problems.add(ConfigError(f"set {key}", value, f"is no value: {e}."))
+            place[last] = parsed(value, f"set {key}")
+        except ConfigError as e:
+            problems.add(e)
     problems.raise_if_any()
     return values

@@ -44,6 +44,8 @@ def run(config: Namespace) -> int:
     import torch
 
     import srcflow
+    from srcflow import artifacts
+    from srcflow.cli.devices import device_of
     from srcflow.data.encode import encode_images
     from srcflow.data.feature_store import FeatureStoreWriter, check_target
     from srcflow.data.manifest import weights_hash
@@ -55,6 +57,10 @@ def run(config: Namespace) -> int:
         if config[name] is not None and config[name] < 1:
             problems.add(ConfigError(name, config[name], "must be at least 1."))
     with problems.collect():
+        device = device_of(config.device)
+    with problems.collect():
+        artifacts.check_writable(config.out, "out", directory=True)
+    with problems.collect():
         source = data.dataset(config.split)
         if not hasattr(source, "transform"):
             raise ConfigError("data", type(data).__name__, "holds features already.", "Known: ImageFolder, ImageShards.")
@@ -63,7 +69,6 @@ def run(config: Namespace) -> int:
     problems.raise_if_any()
 
     encoder.setup()
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoder.to(device)
     size = (source.transform.size, source.transform.size)
     with torch.no_grad():

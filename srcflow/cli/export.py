@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from srcflow.errors import ArtifactError, ConfigError, Problems
 
 if TYPE_CHECKING:
@@ -105,13 +103,14 @@ def task_of(path: str) -> Task:
         path: a configuration of `srcflow fit`.
 
     Raises:
-        ConfigError: the file describes no model.
+        ConfigError: the file cannot be read, or describes no model.
     """
+    from srcflow.cli import sources
     from srcflow.cli.parser import Parser
     from srcflow.tasks.base import Task
 
-    content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    content = content.get("fit", content) if isinstance(content, dict) else content
+    content: Any = sources.read(path)
+    content = content.get("fit", content)
     if not isinstance(content, dict) or "model" not in content:
         raise ConfigError("config", path, "has no section `model`.", "Give the config.yaml that fit saved beside its logs.")
     parser = Parser(prog="srcflow export")

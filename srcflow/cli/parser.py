@@ -8,19 +8,25 @@ import inspect
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jsonargparse
 
-from srcflow.cli import TRACEBACK
-from srcflow.errors import ConfigError, SrcflowError, UnknownNameError
+import srcflow
+from srcflow.cli import TRACEBACK, TRAINER_COMMANDS, sources
+from srcflow.errors import ConfigError, ProblemsError, SrcflowError, UnknownNameError
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)'")
 _UNKNOWN_NAME = re.compile(r"Expected a dot import path string: (\S+)")
 _UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted")
+_UNKNOWN_KEY = re.compile(r"(?:Subcommand|Group) '([^']+)' does not accept option '([^']+)'")
+_UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: --([^\s=]+)")
+_REQUIRED = re.compile(r"the following arguments are required: (.+)")
+_NO_CLASS = r"Not a valid subclass of (\w+)(?:\. Got value: .*?)?\s+Subclass types expect one of:.*"
 _UNION = "Does not validate against any of the Union subtypes"
 
 
@@ -32,6 +38,8 @@ class Parser(jsonargparse.ArgumentParser):
 
     bases: Mapping[str, type] = MappingProxyType({})
     """Key -> the base class of the parts that can stand there, for parts whose type is not found in a constructor's annotations."""
+    _reading: str | None = None
+    """The configuration file that is being parsed."""
 
     def instantiate(self, *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse's; what a constructor raised as a SrcflowError stays one, however deep it was nested.
@@ -50,14 +58,90 @@ class Parser(jsonargparse.ArgumentParser):
             raise SrcflowError(readable(str(caught), caught, self.bases)) from caught
         raise ours
 
+    def parse_args(self, args: Sequence[str] | None = None, *positional: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's, except that null reaches an option two levels deep, which jsonargparse hands down as the word None.
+
+        Raises:
+            ConfigError: a file that an argument names is no text.
+        """
+        if not self.exit_on_error and args is not None and len(args) == 1 and args[0].startswith("--") and args[0].endswith("=None"):
+            args = [args[0].removesuffix("None") + "null"]
+        try:
+            return super().parse_args(args, *positional, **kwargs)
+        except UnicodeDecodeError as e:  # a file of a part; --config's are read by parse_path
+            raise SrcflowError(f"a configuration file is not text in UTF-8: {e}. Save it as UTF-8, or name another.") from e
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's, for a file that `sources.read` has passed, with names that there are.
+
+        Raises:
+            SrcflowError: it has not, or a name at its top is none of the options.
+        """
+        if str(path) == "-":
+            return super().parse_path(path, *args, **kwargs)
+        for name in sources.read(str(path)):
+            if not any(name.rstrip("+") in (a.dest, a.dest.partition(".")[0]) for a in self._actions) and name not in TRAINER_COMMANDS:
+                near = self._near(str(name))
+                hint = f" Did you mean {near}?" if near else ""
+                raise SrcflowError(f"{sources.place(str(name), str(path))}: {name}: no such option.{hint}")
+        before, self._reading = self._reading, str(path)
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        finally:
+            self._reading = before
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `error: ...` and exit with status 2; a parser that is not to exit raises, as jsonargparse's does."""
+        parser: Parser = getattr(ex, "subcommand_parser", None) or self
+        message += parser._nearest(message)
         if not self.exit_on_error:
             super().error(message, ex)
         if ex is not None and traceback_wanted():
             raise ex
-        command = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        self.exit(2, f"error: {readable(message, ex, self.bases)}\nHelp: {command} --help\n")
+        command = parser.prog.replace(" [options]", "")
+        if found := _REQUIRED.fullmatch(message):
+            command, text = self._missing(found[1].split(", "), command)
+        else:
+            text = readable(message, ex, self.bases, file=self._reading)
+        self.exit(2, f"error: {text}\nHelp: {command} --help\n")
+
+    def _nearest(self, message: str) -> str:
+        """A proposal for an unknown option, to be added to the message."""
+        if found := _UNKNOWN_ARGUMENT.search(message):
+            option, dashes = found[1], "--"
+        elif found := _UNKNOWN_KEY.search(message):
+            option, dashes = found[2] if found[1] == getattr(self, "subcommand", None) else ".".join(found.groups()), ""
+        elif (found := _UNKNOWN_OPTION.search(message)) and message.startswith(found[0]):
+            option, dashes = found[1], ""
+        elif found := re.search(r"unrecognized arguments: ([^-\s]\S*\.ya?ml)\b", message):
+            return f". Did you mean --config {found[1]}?"
+        else:
+            return ""
+        near = self._near(option)
+        return "" if near is None else f"{'.' if dashes else ''} Did you mean {dashes}{near}?"
+
+    def _near(self, option: str) -> str | None:
+        """The option most like one that there is not; where its first part is wrong, that with another first part."""
+        known = [o.removeprefix("--") for a in self._actions for o in a.option_strings if o.startswith("--") and not o.endswith(".help")]
+        first, dot, rest = option.partition(".")
+        sections = {o.partition(".")[0] for o in known}
+        if dot and first not in sections:
+            return next((f"{n}.{rest}" for n in difflib.get_close_matches(first, sections, n=1)), None)
+        return next(iter(difflib.get_close_matches(option, known, n=1, cutoff=0.7)), None)
+
+    def _missing(self, keys: list[str], command: str) -> tuple[str, str]:
+        """The command and what to say where required arguments are missing."""
+        owner, _, _ = keys[0].partition(".")
+        if owner not in TRAINER_COMMANDS:
+            return command, f"missing: {', '.join(f'--{k}' if self._is_option(k) else k.upper() for k in keys)}."
+        sections = " and ".join(k.removeprefix(f"{owner}.") for k in sorted(keys, reverse=True))
+        shipped = Path(srcflow.__file__).resolve().parents[1] / "configs"
+        where = str(shipped) if shipped.is_dir() else "the folder configs/ of srcflow's source tree"
+        text = f"{sections}: required, and not given. Name a configuration: srcflow {owner} --config FILE"
+        return f"srcflow {owner}", f"{text}, e.g. --config configs/flow/fashion_mnist.yaml. Those that are shipped are in {where}."
+
+    def _is_option(self, key: str) -> bool:
+        return any(a.dest == key and a.option_strings for a in self._actions)
 
 
 def traceback_wanted() -> bool:
@@ -70,16 +154,32 @@ def user_error(error: BaseException | None) -> SrcflowError | None:
     return next((e for e in _causes(error) if isinstance(e, SrcflowError)), None)
 
 
-def readable(message: str, error: BaseException | None, bases: Mapping[str, type]) -> str:
-    """One short message from jsonargparse's report of nested alternatives.
+def located(error: SrcflowError) -> str:
+    """The error's message, with the file and line where the refused value stands, if it stands in one."""
+    if isinstance(error, ProblemsError):
+        return error.text(located(p) if isinstance(p, SrcflowError) else str(p) for p in error.problems)
+    place = sources.place_of_value(error) if isinstance(error, ConfigError) else None
+    return str(error) if place is None else f"{place}: {error}"
+
+
+def readable(message: str, error: BaseException | None, bases: Mapping[str, type], *, file: str | None = None) -> str:
+    """One short message from jsonargparse's report of nested alternatives, with the file and line of a value that stands in one.
 
     Args:
         message: jsonargparse's own message.
         error: the exception it was made from; its causes lead to the innermost problem.
         bases: key -> base class at the top level.
+        file: the configuration that is being read.
     """
     if (ours := user_error(error)) is not None:
         return str(ours)
+    key, text = _explained(message, error, bases)
+    place = sources.place(key, file) if key else file
+    return text if place is None else f"{place}: {text}"
+
+
+def _explained(message: str, error: BaseException | None, bases: Mapping[str, type]) -> tuple[str, str]:
+    """The key that has the problem, "" if none is known, and the message."""
     chain = list(_causes(error))
     texts = [str(e) for e in chain] or [message]
     reason = texts[-1]
@@ -93,24 +193,55 @@ def readable(message: str, error: BaseException | None, bases: Mapping[str, type
             holder, owner = owner, found[1]
         if text.startswith(_UNION) and len(alternatives := _alternatives(text)) > 1:
             fitting = [a for a in alternatives if not a.startswith("Expected ")] or alternatives  # of the kind of value that was given
-            reason = fitting[0] if len(fitting) == 1 else "none of the alternatives fits:\n" + "\n".join(f"  - {a}" for a in fitting)
+            fitting = [a for a in fitting if _CLASS_PATH.match(a)] or [a for a in fitting if not re.match(_NO_CLASS, a)] or fitting[:1]
+            reason = fitting[0] if len(fitting) == 1 else _none_fits(fitting, text)
             if found := _CLASS_PATH.match(reason):
                 owner, reason = found[1], reason[found.end() :].lstrip(": ")
+                if inner := _KEY.match(reason):
+                    parts.append(inner[1])
+                    reason = reason[inner.end() :].strip()
+                reason = _flat(reason)
             break
     key = ".".join(parts)
     if found := _UNKNOWN_NAME.search(message):
-        return str(UnknownNameError(key or "class_path", found[1], _known(parts, owner, bases)))
+        return key, str(UnknownNameError(key or "class_path", found[1], _known(parts, owner, bases)))
     if owner is not None and isinstance(chain[-1], ImportError | AttributeError):
         known = ", ".join(sorted(_known(parts, holder, bases)))
-        return str(ConfigError(key or "class_path", owner, f"cannot be imported: {reason}.", f"Known: {known}." if known else ""))
+        return key, str(ConfigError(key or "class_path", owner, f"cannot be imported: {reason}.", f"Known: {known}." if known else ""))
+    if found := _UNKNOWN_KEY.search(message):
+        full = found[2] if found[1] in TRAINER_COMMANDS else ".".join(found.groups())
+        return full, f"{full}: no such option.{message[found.end() :]}"
     if found := _UNKNOWN_OPTION.search(reason):
-        return _unknown_option(key, found[1], owner)
+        unknown = f"{key}.{found[1]}" if key else found[1]
+        return unknown, _unknown_option(key, found[1], owner) + (message[message.find(found[0]) + len(found[0]) :] if not owner else "")
+    if (found := _UNKNOWN_ARGUMENT.search(reason)) and key:
+        near = re.search(r" Did you mean --([\w.]+)\?", reason[found.end() :])
+        return "", f"--{key}.{found[1]}: no such option." + (f" Did you mean --{key}.{near[1]}?" if near else "")
+    if not chain:
+        return "", message
     if found := _KEY.match(reason):
         reason = reason[found.end() :].strip()
     reason = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", reason)
     reason = re.sub(r"typing\.Literal\[([^]]*)\]", r"one of \1", reason)
+    reason = re.sub(_NO_CLASS, r"expected a \1: the name of its class, or class_path and init_args.", reason, flags=re.S)
     reason = re.sub(r"^Expected an? (.+)\. Got value: (.*)$", r"expected \1, got \2.", reason.strip(), flags=re.S)
-    return f"{key}: {reason}" if key else reason
+    return key, f"{key}: {reason}" if key else reason
+
+
+def _none_fits(reasons: list[str], text: str) -> str:
+    """What was expected and what was given, if that is all that the reasons say; or else all of them."""
+    expected = [re.fullmatch(r"Expected an? (.+?)\.?", r) for r in reasons]
+    given = re.search(r"\nGiven value: (.*)", text)
+    if given and all(expected):
+        names = " or ".join(dict.fromkeys(m[1] for m in expected if m))
+        return f"Expected a {names}. Got value: {given[1]}"
+    return "none of the alternatives fits:\n" + "\n".join(f"  - {a}" for a in reasons)
+
+
+def _flat(reason: str) -> str:
+    """A union's report that is one line already."""
+    found = re.match(rf"{_UNION} Subtypes: .* Errors: - (?:Expected an? )?(.*) Given value type: .* Given value: (.*)$", reason)
+    return reason if found is None else f"Expected a {re.sub(' - (?:Expected an? )?', ' or ', found[1])}. Got value: {found[2]}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

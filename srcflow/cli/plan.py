@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
 from srcflow.errors import ArtifactError, ConfigError, Problems
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ def configure(parser: Parser) -> None:
     """Add the command's arguments."""
     parser.add_argument("configs", type=str, nargs="+", help="The run's YAML files, as fit's --config: the later ones win.")
     parser.add_argument("--set", type=str, nargs="+", default=[], help="Further values: KEY=VALUE, with fit's keys.")
-    parser.add_argument("--stages", type=str, nargs="*", default=[], help="YAML files of earlier stages, where not beside the run's own.")
+    parser.add_argument("--stages", type=str, nargs="*", default=[], help="YAML files of earlier stages that are not trained yet.")
     parser.add_argument("--gpu", type=str, default="h100", help="The device: b200, h200, h100, a100, l40s, rtx4090, ...; or any name.")
     parser.add_argument("--gpus", type=int | None, default=None, help="How many; default: trainer.devices times trainer.num_nodes.")
     parser.add_argument("--mfu", type=float, default=0.4, help="Share of the device's peak that the run sustains.")
@@ -51,7 +49,7 @@ def run(config: Namespace) -> int:
     if config.images is not None and config.images < 1:
         raise ConfigError("images", config.images, "must be at least 1.")
     content = settings(config.configs, config.set)
-    stage, notes = stage_of(content, config.configs, config.stages)
+    stage, notes = stage_of(content, config.stages)
     made = plan(stage, run_of(content, config.gpus), device, config.mfu, config.images)
     made["notes"] = notes
     if config.json:
@@ -72,13 +70,14 @@ def settings(files: list[str], values: list[str]) -> dict[str, Any]:
     """
     import lightning as L
 
+    from srcflow.cli import sources
     from srcflow.cli.parser import Parser
     from srcflow.tasks.base import Task
 
     problems = Problems()
     for file in files:
-        if not Path(file).is_file():
-            problems.add(ConfigError("configs", file, "there is no such file."))
+        with problems.collect():
+            sources.read(file, "configs")
     for value in values:
         if not re.match(r"[\w.]+=", value):
             problems.add(ConfigError("set", value, "is not KEY=VALUE.", "For example trainer.max_steps=1000."))
@@ -97,14 +96,17 @@ def settings(files: list[str], values: list[str]) -> dict[str, Any]:
     return dict(parsed.as_dict())
 
 
-def stage_of(content: Mapping[str, Any], files: list[str], stages: list[str]) -> tuple[Stage, list[str]]:
+def stage_of(content: Mapping[str, Any], stages: list[str]) -> tuple[Stage, list[str]]:
     """The task on the meta device with the frozen parts it reads, and remarks about these.
 
-    What an earlier stage writes is read from its directory, or else built from the configuration that writes it: one of `stages`, or a file
-    in the run's own folder or a folder beside it.
+    What an earlier stage writes is read from its directory, or else built from the configuration that writes it. No other file is read.
+
+    Args:
+        content: the run's configuration (see `settings`).
+        stages: configurations of earlier stages.
 
     Raises:
-        ConfigError: the compressor's autoencoder cannot be found, or the parts do not fit each other.
+        ConfigError: a file of `stages` cannot be used, the compressor's autoencoder cannot be found, or the parts do not fit each other.
     """
     from srcflow.autoencoders.base import Autoencoder
     from srcflow.chain import check_chain
@@ -116,7 +118,7 @@ def stage_of(content: Mapping[str, Any], files: list[str], stages: list[str]) ->
     from srcflow.tasks.flow import FlowTask
 
     task = task_on_meta(content["model"])
-    earlier = Earlier(files, stages)
+    earlier = Earlier(stages)
     path = str(content["data"]["class_path"])
     stored = path.rpartition(".")[2] == FeatureStore.__name__
     autoencoder: Autoencoder | None = None
@@ -127,7 +129,7 @@ def stage_of(content: Mapping[str, Any], files: list[str], stages: list[str]) ->
             raise ConfigError(
                 "model.autoencoder",
                 task.place_of_autoencoder,
-                "is no directory, and no configuration at hand writes it.",
+                "is not a directory, and no configuration that was given writes it.",
                 "Name the one that does: --stages FILE.",
             )
         autoencoder = cast(Autoencoder, found)
@@ -143,8 +145,8 @@ def stage_of(content: Mapping[str, Any], files: list[str], stages: list[str]) ->
         else:
             autoencoder = compressor = None
             earlier.notes.append(
-                f"model.codec = {task.codec!r} is no directory, and no configuration at hand writes it: encoder and compressor are "
-                "not counted. Name the ones that do: --stages FILE FILE."
+                f"model.codec = {task.codec!r} is not a directory, and no configuration that was given writes it, or its autoencoder: "
+                "encoder and compressor are not counted. Name the ones that do: --stages FILE FILE."
             )
     return Stage(task, autoencoder, compressor, stored), earlier.notes
 
@@ -153,28 +155,23 @@ class Earlier:
     """Finds what earlier stages make, in their directories or in the configurations that write these.
 
     Args:
-        files: the run's own YAML files.
-        stages: YAML files to look at first.
+        stages: YAML files of earlier stages; of several that write one directory, the first.
 
     Raises:
-        ConfigError: a file of `stages` is not there.
+        ConfigError: a file of `stages` cannot be read.
     """
 
-    def __init__(self, files: list[str], stages: list[str]) -> None:
-        for file in stages:
-            if not Path(file).is_file():
-                raise ConfigError("stages", file, "there is no such file.")
-        folder = Path(files[0]).resolve().parent
-        near = [*sorted(folder.glob("*.yaml")), *sorted(folder.parent.glob("*/*.yaml"))]
+    def __init__(self, stages: list[str]) -> None:
+        from srcflow.cli import sources
+
         self.notes: list[str] = []
-        self._writers: dict[str, dict[str, Any]] = {}
-        for path in [*map(Path, stages), *near]:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            model = content.get("model") if isinstance(content, dict) else None
+        self._writers: dict[str, tuple[str, dict[str, Any]]] = {}
+        for path in stages:
+            model = sources.read(path, "stages").get("model")
             arguments = model.get("init_args") if isinstance(model, dict) else None
             artifact = arguments.get("artifact") if isinstance(arguments, dict) else None
             if isinstance(artifact, str):
-                self._writers.setdefault(artifact, cast("dict[str, Any]", model))
+                self._writers.setdefault(artifact, (path, cast("dict[str, Any]", model)))
 
     def part(self, place: str, role: str) -> Any:
         """The untrained module that the directory `place` holds or will hold, on the meta device; None if it cannot be known.
@@ -188,6 +185,7 @@ class Earlier:
 
         from srcflow import artifacts
         from srcflow.chain import locate
+        from srcflow.cli import sources
 
         try:
             found = locate(place)
@@ -198,7 +196,11 @@ class Earlier:
             spec = artifacts.read_spec(directory)
             with torch.device("meta"):
                 return artifacts.build_spec(spec, nn.Module, Path(directory) / artifacts.CONFIG)
-        return task_on_meta(self._writers[place]).made if place in self._writers else None
+        if place not in self._writers:
+            return None
+        file, model = self._writers[place]
+        sources.read(file, "stages")  # the one that is meant now, if an error has to say where
+        return task_on_meta(model).made
 
     def autoencoder_of(self, place: str) -> str | None:
         """The directory of the autoencoder that a compressor's directory is built on; None if it cannot be known."""
@@ -207,7 +209,7 @@ class Earlier:
         try:
             return str(locate(place)["autoencoder"])
         except (ArtifactError, KeyError):
-            found = self._writers.get(place, {}).get("init_args", {}).get("autoencoder")
+            found = self._writers[place][1].get("init_args", {}).get("autoencoder") if place in self._writers else None
             return found if isinstance(found, str) else None
 
 

@@ -76,18 +76,53 @@ def lost(processes: Sequence[subprocess.Popen[Any]], patience: float = 2.0) -> L
     return None
 
 
+class _Stop(BaseException):
+    """Raised where the program stands as a signal comes; not an Exception, so that no library takes it for an error of its own."""
+
+
+class Early:
+    """Handler of the signals that ask for a stop before training takes them over (`StopSignals.install`).
+
+    It raises, and notes the signal as well: an exception that is raised in a destructor, or while a module is imported, may get lost.
+
+    Attributes:
+        came: the signal, 0 if none came.
+    """
+
+    def __init__(self) -> None:
+        self.came = 0
+        self._since = 0.0
+
+    def __call__(self, signum: int, frame: Any) -> None:
+        now = time.monotonic()
+        leaving = self.came != 0 and now - self._since < GRACE  # a second one must not disturb the way out
+        if not leaving:
+            self.came, self._since = signum, now
+            raise _Stop from self.error()
+
+    def error(self) -> StoppedError:
+        """What the run ends with."""
+        return StoppedError(self.came, "before the first step; the same command starts again.", agreed=False)
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Until training takes the signals over, SIGTERM and SIGUSR1 end the run with the status that means "start again"."""
+    """Until training takes the signals over, SIGTERM and SIGUSR1 end the run with the status that means "start again".
 
-    def stop(signum: int, frame: Any) -> None:
-        raise StoppedError(signum, "before the first step; the same command starts again.", agreed=False)
-
-    before = {}
+    Raises:
+        StoppedError: one of them came; whatever else failed after it is a consequence.
+    """
+    early, before = Early(), {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {number: signal.signal(number, early) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
+    except StoppedError:
+        raise
+    except BaseException as e:
+        if early.came:
+            raise early.error() from (None if isinstance(e, _Stop) else e)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

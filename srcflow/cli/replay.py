@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from srcflow.errors import ArtifactError, ConfigError
+from srcflow.errors import ConfigError
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -28,8 +28,7 @@ def configure(parser: Parser) -> None:
 
 def run(config: Namespace) -> int:
     """Make the step, print what it is like; status 1 if it is not what the run saw."""
-    import torch
-
+    from srcflow.cli.devices import device_of
     from srcflow.cli.export import task_of
     from srcflow.tasks import dump as dumps
     from srcflow.tasks.discriminator import Discriminator
@@ -39,12 +38,9 @@ def run(config: Namespace) -> int:
     path = config.config or dump.config
     if path is None:
         raise ConfigError("config", None, "is missing: the dump has none.", "Give the run's configuration: --config FILE.")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", "cuda", "there is no GPU.", "Write cpu, or leave it out.")
-    try:
-        task = task_of(str(path))
-    except FileNotFoundError as e:
-        raise ArtifactError(f"config = {str(path)!r}: there is no such file.") from e
+    if config.device is not None:
+        device_of(config.device)
+    task = task_of(str(path))
     result = replay(dump, task, device=config.device, precision=config.precision)
     several = dump.facts["accumulate_grad_batches"] > 1 and isinstance(getattr(task, "discriminator", None), Discriminator)
     different = differences(dump, result, heads_moved=several)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ Batches = Iterator[tuple[int, Images]]
 
 HELP = "Draw images from a trained flow: a grid, a folder of PNG files, or one .npz."
 FORMATS = {".png": "grid", ".npz": "npz"}
+OTHER_FILES = (".npy", ".zip", ".tar", ".gz", ".pt", ".pth", ".safetensors", ".h5", ".hdf5", ".mp4", ".pdf", ".csv", ".json", ".parquet")
+"""Endings of files that are not images; with those of images, nobody means a folder by them."""
 
 
 def configure(parser: Parser) -> None:
@@ -78,12 +82,11 @@ def run(config: Namespace) -> int:
     out = Path(config.out)
     form = config.format or FORMATS.get(out.suffix.lower(), "folder")
     _check(config, out, form)
-    import torch
-
     from srcflow.chain import check_denoising
+    from srcflow.cli.devices import device_of
     from srcflow.pipeline import Pipeline
 
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(config.device)
     pipeline = Pipeline.from_pretrained(
         config.pipeline, weights=config.weights, autoencoder=config.autoencoder, compressor=config.compressor
     ).to(device)
@@ -181,18 +184,21 @@ def write_grid(out: Path, batches: Batches, n: int, labels: Labels | None, colum
     from torchvision.utils import make_grid
 
     images = torch.from_numpy(np.concatenate([batch for _, batch in batches])).permute(0, 3, 1, 2)
-    out.parent.mkdir(parents=True, exist_ok=True)
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(out, format="PNG")
+    with _whole(out, n) as partial:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(partial, format="PNG")
 
 
 def write_folder(out: Path, batches: Batches, n: int, labels: Labels | None, columns: int) -> None:
     """`<index>.png` per image, written as they are drawn."""
-    out.mkdir(parents=True, exist_ok=True)
     digits = max(6, len(str(n - 1)))
     for start, batch in batches:
         for i, image in enumerate(batch, start):
-            Image.fromarray(image).save(out / f"{i:0{digits}d}.png")
+            file = out / f"{i:0{digits}d}.png"
+            there = f"The first {i} of {n} images are there" if i else f"None of the {n} images is there"
+            with _writing(out, f"{there}.", file):
+                out.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(file)
 
 
 def write_npz(out: Path, batches: Batches, n: int, labels: Labels | None, columns: int) -> None:
@@ -202,10 +208,31 @@ def write_npz(out: Path, batches: Batches, n: int, labels: Labels | None, column
         if images is None:
             images = np.empty((n, *batch.shape[1:]), dtype=np.uint8)
         images[start : start + len(batch)] = batch
-    out.parent.mkdir(parents=True, exist_ok=True)
     arrays: list[Any] = [images] if labels is None else [images, labels]
-    with out.open("wb") as file:  # an open file keeps numpy from adding an ending to the name
+    with _whole(out, n) as partial, partial.open("wb") as file:  # an open file keeps numpy from adding an ending to the name
         np.savez(file, *arrays)
+
+
+@contextmanager
+def _whole(out: Path, n: int) -> Iterator[Path]:
+    """A file that takes the place of `out` once it is complete, so that a failure leaves neither a part nor an older file spoilt."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with _writing(out, f"None of the {n} images is there.", partial):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(out)
+
+
+@contextmanager
+def _writing(out: Path, done: str, file: Path) -> Iterator[None]:
+    """Say what was written before a disk is full or a right is lost; what there is of `file` is removed."""
+    try:
+        yield
+    except OSError as e:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        cure = "Make room or name another place; the same --seed draws the same images."
+        raise DataError(f"out = {str(out)!r}: cannot be written: {e.strerror or e}. {done} {cure}") from e
 
 
 WRITERS: dict[str, Callable[[Path, Batches, int, Labels | None, int], None]] = {
@@ -221,9 +248,13 @@ def _check(config: Namespace, out: Path, form: str) -> None:
     Raises:
         ConfigError: an argument that cannot be used, or ProblemsError for several.
     """
+    from srcflow import artifacts
     from srcflow.chain import check_denoise
+    from srcflow.cli.devices import device_of
 
     problems = Problems()
+    with problems.collect():
+        device_of(config.device)
     if (config.n is None) == (config.classes is None):
         problems.add(ConfigError("n", config.n, "give either a number of images or classes.", "Write --n 64, or --classes all."))
     for key, least in (("n", 1), ("per_class", 1), ("batch_size", 1)):
@@ -234,11 +265,20 @@ def _check(config: Namespace, out: Path, form: str) -> None:
             problems.add(ConfigError(key, config[key], "a temperature is positive."))
     with problems.collect():
         check_denoise(config.denoise, config.denoiser)
-    ending = {"grid": ".png", "npz": ".npz"}.get(form)
-    if ending is not None and out.suffix.lower() != ending:
-        problems.add(ConfigError("out", str(out), f"a {form} is a {ending} file.", f"Write --out {out.with_suffix(ending)}."))
+    needed = {"grid": ".png", "npz": ".npz"}.get(form)
+    if needed is not None and out.suffix.lower() != needed:
+        problems.add(ConfigError("out", str(out), f"a {form} is a {needed} file.", f"Write --out {out.with_suffix(needed)}."))
     if form == "folder" and out.is_dir() and any(out.iterdir()):
         problems.add(DataError(f"out = {str(out)!r}: the folder is not empty, and old images would mix with new ones. Name another."))
-    if form == "folder" and out.is_file():
+    ending = out.suffix.lower()
+    if config.format is None and form == "folder" and not out.is_dir() and ending in (*Image.registered_extensions(), *OTHER_FILES):
+        cure = (
+            f"Write {out.with_suffix('.png')} for a grid, {out.with_suffix('.npz')} for arrays, or a name without an ending for a folder."
+        )
+        problems.add(ConfigError("out", str(out), f"no {ending} files are written.", cure))
+    elif form == "folder" and out.is_file():
         problems.add(ConfigError("out", str(out), "is a file, and a folder is wanted."))
+    else:
+        with problems.collect():
+            artifacts.check_writable(out, "out", directory=form == "folder")
     problems.raise_if_any()

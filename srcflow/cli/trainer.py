@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from types import MappingProxyType
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from srcflow.callbacks import checkpoint_files
-from srcflow.cli import TRAINER_COMMANDS, load_parts
+from srcflow.cli import TRAINER_COMMANDS, load_parts, sources, trainer_options
 from srcflow.cli.parser import Parser
 from srcflow.cli.run_directory import RunRecord, RunTrainer
-from srcflow.errors import ConfigError
+from srcflow.errors import ConfigError, SrcflowError
 from srcflow.tasks.base import Task
 from srcflow.tasks.strategies import check_name
 
@@ -21,6 +22,7 @@ def run_trainer() -> None:
     """LightningCLI, for any Task and any LightningDataModule; it reads sys.argv."""
 
     load_parts()
+    sources.forget()
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)  # Lightning 2.6 on torch 2.15
 
     class TrainerParser(Parser, LightningArgumentParser):
@@ -36,8 +38,20 @@ def run_trainer() -> None:
             if path is not None and path not in ("last", "hpc") and "://" not in path:
                 checkpoint_files.check(path)
 
+        def _set_seed(self) -> None:
+            trainer_options.check(self.config[self.config.subcommand].as_dict())
+            super()._set_seed()
+
         def before_instantiate_classes(self) -> None:
             check_name(self.config[self.config.subcommand].trainer.strategy)
+
+        def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+            try:
+                return super()._instantiate_trainer(config, callbacks)
+            except SrcflowError:
+                raise
+            except Exception as e:  # every kind is raised for a value that does not suit
+                raise trainer_options.refused(e, self.config[self.config.subcommand].trainer.as_dict()) from e
 
     CheckingCLI(
         Task,

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from srcflow import artifacts, convert
+from srcflow import artifacts, convert, yaml_files
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.autoencoders.representation import RepresentationAutoencoder
@@ -185,16 +186,11 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     training configuration as STARFlow publishes them (a list under `arguments`).
 
     Raises:
-        ArtifactError: the file is missing or no mapping.
-        ConfigError: a name of STARFlow's training configuration is unknown, or the model is one for video.
+        ArtifactError: the file holds no mapping.
+        ConfigError: it cannot be read, has a key twice or an unknown name of STARFlow's training configuration, or is one for video.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ArtifactError(f"config = {path!s}: there is no such file.")
-    try:
-        content = parsed(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as e:
-        raise ArtifactError(f"{file} is neither JSON nor YAML: {e}.") from e
+    content = parsed(yaml_files.read(file), source=file)
     if isinstance(content, dict) and isinstance(content.get("arguments"), list):
         if not all(isinstance(entry, dict) for entry in content["arguments"]):
             raise ArtifactError(f"{file}: every entry of arguments is one `name: value`.")
@@ -206,16 +202,24 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {str(k): v for k, v in content.items()}
 
 
-def parsed(text: str) -> Any:
-    """A value written as JSON, or else as YAML, which takes 1e-5 for a word.
+def parsed(text: str, key: str = "config", source: Path | None = None) -> Any:
+    """A value written as JSON or YAML.
+
+    Args:
+        text: the value.
+        key: the option that it stands in, or that names its file.
+        source: its file.
 
     Raises:
-        yaml.YAMLError: it is neither.
+        ConfigError: it is neither, or has a key twice.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        return yaml.safe_load(text)
+        return yaml_files.parse(text, key, source)
+    with suppress(yaml.YAMLError):  # JSON that YAML cannot read, e.g. indented with tabs
+        yaml_files.check_keys(text, key, source)
+    return value
 
 
 def starflow_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from srcflow.data.batches import BadSamples, as_batch, as_training_batch
 from srcflow.data.sampler import KeyedSampler
 from srcflow.data.shard_labels import without_samples
-from srcflow.data.workers import worker_start
+from srcflow.data.workers import SteadyLoader, worker_start
 from srcflow.errors import ConfigError, Problems
 from srcflow.types import Batch
 
@@ -45,7 +45,7 @@ class Resumable(Protocol):
         """Go to a position."""
 
 
-class TrainingLoader(DataLoader[Batch]):
+class TrainingLoader(SteadyLoader[Batch]):
     """Endless epochs of complete batches, of which each `iter` yields what is left of the present one.
 
     The position moves on with every batch that is handed out, and into the next epoch with the last one (Lightning asks for no more then).
@@ -267,7 +267,7 @@ class DataModule(L.LightningDataModule, ABC):
             **worker_options(self.num_workers, self.start_method),
         }
         if not training:
-            return DataLoader(data, collate_fn=as_batch, **options)
+            return SteadyLoader(data, collate_fn=as_batch, **options)
         loader = TrainingLoader(data, collate_fn=as_training_batch, **options)
         loader.bad = BadSamples(self.max_bad_fraction)
         return loader

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from torch.utils.data import DataLoader
 
 from srcflow.data.batches import Bad, BadSamples, join, unchanged
 from srcflow.data.shard_stream import EvaluationStream, ShardImages, TrainingStream
+from srcflow.data.workers import SteadyLoader
 from srcflow.datamodules.base import worker_options
 from srcflow.types import Batch
 
@@ -40,7 +40,7 @@ class _Reader(Generic[Stream]):
     """A DataLoader behind a loader of our own: its length, and its worker processes, which Lightning ends with a stage."""
 
     stream: Stream
-    _loader: DataLoader[Any]
+    _loader: SteadyLoader[Any]
 
     def __len__(self) -> int:
         return self.stream.steps
@@ -88,7 +88,7 @@ class StreamLoader(_Reader[TrainingStream]):
         self.sampler = StreamPosition()
         self.bad = BadSamples(max_bad_fraction)
         self._shares = max(num_workers, 1)
-        self._loader = DataLoader(stream, batch_size=None, collate_fn=unchanged, **worker_options(num_workers, start_method))
+        self._loader = SteadyLoader(stream, batch_size=None, collate_fn=unchanged, **worker_options(num_workers, start_method))
 
     def __iter__(self) -> Iterator[Batch]:
         position, steps = self.sampler, len(self)  # a generator: it starts at the first batch, when the epoch is known
@@ -141,7 +141,7 @@ class EvaluationLoader(_Reader[EvaluationStream]):
     def __init__(self, stream: EvaluationStream, *, num_workers: int = 0, start_method: str | None = None) -> None:
         self.stream, self.batch_size, self.sampler = stream, stream.batch_size, StreamPosition()
         options = worker_options(min(num_workers, stream.steps), start_method)
-        self._loader = DataLoader(stream, batch_size=None, collate_fn=unchanged, **options)
+        self._loader = SteadyLoader(stream, batch_size=None, collate_fn=unchanged, **options)
 
     @property
     def dataset(self) -> ShardImages:

@@ -137,6 +137,10 @@ class Task(L.LightningModule):
         if stage == "fit" and self.artifact is not None:
             with problems.collect():
                 self._check_artifact(Path(self.artifact))
+        if stage == "test" and self.trainer.is_global_zero:
+            key = "trainer.default_root_dir" if self.metrics_file is None else "model.metrics_file"
+            with problems.collect():
+                artifacts.check_writable(self.metrics_path(), key, directory=False)
         problems.raise_if_any()
 
     def _check_whole_test(self) -> None:
@@ -450,14 +454,18 @@ class Task(L.LightningModule):
         }
 
     def report(self, numbers: Mapping[str, Any], protocol: Mapping[str, Any], title: str) -> None:
-        """Write metrics.json, hand the numbers to the loggers as `test/...`, and print the one table of a test; on rank zero only."""
+        """Print the one table of a test, write metrics.json, and hand the numbers to the loggers as `test/...`; on rank zero only.
+
+        Raises:
+            DataError: metrics.json cannot be written; the numbers have been printed.
+        """
         if not self.trainer.is_global_zero:
             return
-        path = write_metrics(self.metrics_path(), numbers, protocol)
+        print(table(numbers, title), flush=True)  # first: nothing that fails later takes the numbers away
+        print(f"  {write_metrics(self.metrics_path(), numbers, protocol)}")
         scalars = {f"test/{k}": float(v) for k, v in numbers.items() if isinstance(v, int | float)}
         for logger in self.loggers:
             logger.log_metrics(scalars, step=self.global_step)
-        print(f"{table(numbers, title)}\n  {path}")
 
     def metrics_path(self) -> Path:
         """Where the numbers of a test go."""

@@ -6,8 +6,11 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from srcflow.errors import DataError
 
 Numbers = Mapping[str, "float | int | str | None"]
 
@@ -34,13 +37,21 @@ def write_metrics(path: str | os.PathLike[str], numbers: Numbers, protocol: Mapp
         path: the file; its directory is made.
         numbers: the results.
         protocol: how they were obtained; see `Task.protocol`.
+
+    Raises:
+        DataError: the file cannot be written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     content = {"metrics": {k: _finite(v) for k, v in numbers.items()}, "protocol": dict(protocol)}
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    partial.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        partial.replace(target)
+    except OSError as e:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise DataError(f"metrics_file = {str(target)!r}: cannot be written: {e.strerror or e}. The numbers are on the screen.") from e
     return target
 
 

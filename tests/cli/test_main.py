@@ -159,7 +159,7 @@ def test_arguments_and_environment_are_left_as_they_were(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["fitt"], ["'fitt' is no command", "Did you mean fit?", "sample"]),
+        (["fitt"], ["'fitt' is not a command", "Did you mean fit?", "sample"]),
         (["fit", "--model=FakeTusk"], ["model = 'FakeTusk'", "Did you mean FakeTask", "Known:", "FlowTask"]),
         (["fit", "--data=FakeDat"], ["data = 'FakeDat'", "Did you mean FakeData"]),
         (["fit", "--model=FakeTask", "--model.net=FakeNot"], ["model.net = 'FakeNot'", "Known: FakeNet."]),

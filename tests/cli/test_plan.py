@@ -19,6 +19,7 @@ from srcflow.errors import ConfigError, ProblemsError, UnknownNameError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMOKE = CONFIGS / "smoke"
+STAGES = ["--stages", *map(str, sorted(SMOKE.glob("*.yaml")))]
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
@@ -33,7 +34,7 @@ def header(path: Path) -> str:
 
 @pytest.mark.parametrize("stage", ["autoencoder", "compressor", "flow"])
 def test_every_stage_is_planned(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    made = planned(capsys, str(SMOKE / f"{stage}.yaml"))
+    made = planned(capsys, str(SMOKE / f"{stage}.yaml"), *STAGES)
     stated = re.search(r"Parameters: ([\d,]+) trained", header(SMOKE / f"{stage}.yaml"))
     assert stated is not None
     assert made["parameters"]["trained"] == int(stated[1].replace(",", ""))
@@ -50,7 +51,7 @@ def test_every_stage_is_planned(stage: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_the_report_names_what_the_numbers_are(capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(SMOKE / "flow.yaml"), str(CONFIGS / "trainer/ddp8.yaml")]
-    main(["plan", *files, "--gpu", "a100", "--mfu", "0.3", "--images", "1000", "--set", "trainer.precision=bf16-mixed"])
+    main(["plan", *files, *STAGES, "--gpu", "a100", "--mfu", "0.3", "--images", "1000", "--set", "trainer.precision=bf16-mixed"])
     said = capsys.readouterr().out
     for words in (
         "52,356 trained",
@@ -71,7 +72,8 @@ def test_the_report_names_what_the_numbers_are(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_the_largest_flow_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    made = planned(capsys, str(CONFIGS / "flow/imagenet256_dinov2b_src32_xl.yaml"), str(CONFIGS / "trainer/ddp8.yaml"))
+    made = planned(capsys, str(CONFIGS / "flow/imagenet256_dinov2b_src32_xl.yaml"), str(CONFIGS / "trainer/ddp8.yaml"), "--stages",
+                   *map(str, sorted(CONFIGS.glob("*/imagenet256_dinov2b*.yaml"))))  # fmt: skip
     assert made["parameters"]["trained"] == 1_413_286_464
     assert 2.2e12 < made["flops"]["image"] < 2.3e12
     assert made["flops"]["recomputed"] > 2e11
@@ -82,7 +84,7 @@ def test_the_largest_flow_is_planned(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_run_that_does_not_fit_has_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as e:
-        main(["plan", str(SMOKE / "flow.yaml"), "--gpu", "tiny", "--tflops", "1", "--memory", "0.001"])
+        main(["plan", str(SMOKE / "flow.yaml"), *STAGES, "--gpu", "tiny", "--tflops", "1", "--memory", "0.001"])
     assert e.value.code == 1
     said = capsys.readouterr().out
     assert "warning: " in said
@@ -120,9 +122,9 @@ def test_a_codec_that_is_nowhere_is_noted_and_can_be_named(tmp_path: Path, capsy
     content = yaml.safe_load((CONFIGS / "autoencoder/pixels64.yaml").read_text(encoding="utf-8"))
     content["model"]["init_args"]["artifact"] = "runs/made_elsewhere"
     content["model"]["init_args"]["autoencoder"]["init_args"].update(image_size=8, patch_size=2)
-    (tmp_path / "elsewhere").mkdir()
-    other = tmp_path / "elsewhere/stage0.yml"  # not found by itself
+    other = tmp_path / "stage0.yaml"
     other.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert not planned(capsys, path)["codec_known"]  # no file is read that is not named
     named = planned(capsys, path, "--stages", str(other))
     assert named["codec_known"]
     assert named["notes"] == []
@@ -130,6 +132,17 @@ def test_a_codec_that_is_nowhere_is_noted_and_can_be_named(tmp_path: Path, capsy
     other.write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"flow\.grid"):
         main(["--debug", "plan", path, "--stages", str(other)])
+
+
+def test_a_broken_file_beside_the_run_is_not_read_and_one_that_is_named_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifacts.save(tmp_path / "pixels", PixelPatches(8, 2))
+    path, broken = str(pixel_run(tmp_path, str(tmp_path / "pixels"))), tmp_path / "notes.yaml"
+    broken.write_text("model: [\n", encoding="utf-8")
+    assert planned(capsys, path)["codec_known"]
+    with pytest.raises(ConfigError, match=r"stages = .*notes\.yaml': line 2, column 1: is not YAML"):
+        main(["--debug", "plan", path, "--stages", str(broken)])
 
 
 def test_a_compressor_without_its_autoencoder_is_refused(tmp_path: Path) -> None:
@@ -145,7 +158,7 @@ def test_stored_features_spare_the_encoder(tmp_path: Path) -> None:
     load_parts()
     content = settings([str(CONFIGS / "flow/fashion_mnist.yaml")], [])
     assert content["data"]["class_path"].endswith("FeatureStore")
-    assert stage_of(content, [str(CONFIGS / "flow/fashion_mnist.yaml")], [])[0].stored
+    assert stage_of(content, [])[0].stored
 
 
 # --- settings ------------------------------------------------------------------------------------------------------------------------
