@@ -8,10 +8,10 @@ of a matrix product, which differ between processors. So `perturb` keeps what a 
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from srcflow.flows.block import TransformerBlock
 from srcflow.testing.expect import finite, normal
@@ -76,10 +76,10 @@ def _bound(block: TransformerBlock) -> None:
 
 def _condition(block: TransformerBlock) -> Condition | None:
     """A condition for the trial tokens: the null class and the first classes, or texts of four standard normal features."""
-    if block.conditioner is None:
+    conditioner: Any = block.conditioner
+    if conditioner is None:
         return None
     device, dtype = block.head.weight.device, block.head.weight.dtype
-    if block.conditioner.kind == "text":
-        text: Tensor = normal(ROWS, 4, block.conditioner.text_dim, seed=1)
-        return Condition(text=text.to(device, dtype))
-    return Condition(labels=(torch.arange(ROWS) % (block.conditioner.num_classes + 1) - 1).to(device))
+    if conditioner.kind == "text":
+        return Condition(text=normal(ROWS, 4, conditioner.text_dim, seed=1).to(device, dtype))
+    return Condition(labels=(torch.arange(ROWS) % (conditioner.num_classes + 1) - 1).to(device))
