@@ -11,20 +11,25 @@ PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard tests/plugins/*/pyproject.to
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # files stay together: the tests of one share what they build
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+SUITE := $(PYTEST) -m "not slow and not gpu and not reference" tests srcflow
+# the kernels that PyTorch, oneDNN and MKL choose where there is AVX2 and nothing newer; and PyTorch's for any x86-64 processor
+AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+NO_VECTORS := ATEN_CPU_CAPABILITY=default
 
-.PHONY: help install demo test test-slow lint types docs bench soak clean
+.PHONY: help install demo test test-portable test-slow lint types docs bench soak clean
 
 help:
-	@echo "make install    .venv with the package, editable, and everything below needs"
-	@echo "make demo       the whole pipeline on Fashion-MNIST: results in runs/demo"
-	@echo "make test       lint, types and the tests"
-	@echo "make test-slow  tests that take minutes, comparisons with transformers and diffusers, and those for a GPU where there is one"
-	@echo "make lint       ruff and import-linter"
-	@echo "make types      mypy --strict"
-	@echo "make docs       the documentation, in site/"
-	@echo "make bench      speed of the parts"
-	@echo "make soak       30 minutes of training under random kills: the weights of an undisturbed run, bit for bit"
-	@echo "make clean      remove caches and what was built; .venv and runs/ stay"
+	@echo "make install        .venv with the package, editable, and everything below needs"
+	@echo "make demo           the whole pipeline on Fashion-MNIST: results in runs/demo"
+	@echo "make test           lint, types and the tests"
+	@echo "make test-portable  the tests with the kernels of older processors: AVX2 only, then PyTorch without vector instructions"
+	@echo "make test-slow      tests that take minutes, comparisons with transformers and diffusers, and those for a GPU where there is one"
+	@echo "make lint           ruff and import-linter"
+	@echo "make types          mypy --strict"
+	@echo "make docs           the documentation, in site/"
+	@echo "make bench          speed of the parts"
+	@echo "make soak           30 minutes of training under random kills: the weights of an undisturbed run, bit for bit"
+	@echo "make clean          remove caches and what was built; .venv and runs/ stay"
 
 install: $(VENV)/.dev $(VENV)/.docs
 
@@ -32,7 +37,11 @@ demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py
 
 test: lint types
-	$(PYTEST) -m "not slow and not gpu and not reference" tests srcflow
+	$(SUITE)
+
+test-portable: $(VENV)/.dev
+	@status=0; for kernels in "$(AVX2_ONLY)" "$(NO_VECTORS)"; do \
+		echo "$$kernels"; env $$kernels $(SUITE) || status=1; done; exit $$status
 
 test-slow: $(VENV)/.reference
 	$(PYTEST) -m "slow or gpu or reference" tests

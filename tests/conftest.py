@@ -67,6 +67,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_report_header() -> str:
+    """Which kernels the numbers of this run come from; `make test-portable` chooses others."""
+    return f"torch {torch.__version__}, CPU kernels for {torch.backends.cpu.get_cpu_capability()}"
+
+
 @pytest.fixture(autouse=True)
 def no_network() -> Iterator[None]:
     """A test that tried to leave this machine fails, even if the code under test swallowed the error."""

@@ -30,6 +30,7 @@ from srcflow.guidance.gaussian import Gaussian
 from srcflow.metrics.non_finite import NonFiniteImagesWarning
 from srcflow.noise import Constant
 from srcflow.testing import perturb
+from srcflow.testing.expect import finite
 
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 
@@ -91,6 +92,7 @@ def test_samples_may_be_made_in_parts(pipeline: Pipeline) -> None:
     labels = Condition(labels=torch.tensor([0, 1, 2, -1]))
     whole = pipeline.sample(labels, seed=3, guidance=Gaussian(1.0))
     part = pipeline.sample(labels.index(slice(2, 4)), seed=3, indices=[2, 3], guidance=Gaussian(1.0))
+    finite(whole, pipeline, "guided samples")
     torch.testing.assert_close(whole[2:], part, atol=1e-5, rtol=0)
     assert float(whole.min()) >= 0
     assert float(whole.max()) <= 1
@@ -106,6 +108,7 @@ def test_a_negative_flow_is_named_by_its_directory(pipeline: Pipeline, tmp_path:
         pipeline.sample_codes(labels, seed=0, guidance=Gaussian(1.0, blocks="all", negative=negative))
         for negative in (Negative(flow=place), Negative(flow=other.eval()), Negative())
     )
+    finite(torch.stack([by_name, by_hand, plain]), pipeline, "guided codes")
     assert torch.equal(by_name, by_hand)
     assert not torch.allclose(by_name, plain)
 
@@ -160,6 +163,7 @@ def test_samples_are_denoised_under_their_condition_and_without_guidance() -> No
     pipeline, labels, guidance = Pipeline(pixels(), flow=flow), Condition(labels=torch.tensor([0, 2])), Gaussian(1.5)
     noisy = pipeline.sample_codes(labels, seed=0, guidance=guidance)
     found = pipeline.sample_codes(labels, seed=0, guidance=guidance, denoise=0.3)
+    finite(torch.stack([noisy, found]), pipeline, "guided codes, with and without their noise")
     assert torch.equal(found, flow.denoise(noisy, 0.3, labels))
     assert torch.equal(found, pipeline.denoise_codes(noisy, labels, denoise=0.3))
     assert not torch.allclose(found, flow.denoise(noisy, 0.3), atol=1e-4)
@@ -173,6 +177,7 @@ def test_the_learned_denoiser_predicts_the_unit_noise() -> None:
     with torch.no_grad():
         expected = noisy - 0.3 * flow.denoiser(noisy, labels)
     found = pipeline.sample_codes(labels, seed=0, denoise=0.3, denoiser="learned")
+    finite(torch.stack([noisy, found]), pipeline, "codes, with and without their noise")
     assert torch.equal(found, expected)
     assert not torch.allclose(found, pipeline.sample_codes(labels, seed=0, denoise=0.3), atol=1e-4)
 
@@ -220,6 +225,7 @@ def test_a_flow_that_records_no_codec_is_given_one(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"does not record what autoencoder.*\(autoencoder: DIRECTORY\)"):
         Pipeline.from_pretrained(place)
     expected = Pipeline(codec, flow=flow).sample(2, seed=0, denoise=0.1)
+    finite(expected, flow, "denoised samples")
     assert torch.equal(Pipeline.from_pretrained(place, autoencoder=base).sample(2, seed=0, denoise=0.1), expected)
     compressor = perturb(Linear(12, 12))
     between = artifacts.save(tmp_path / "linear", compressor)
@@ -244,6 +250,7 @@ def test_what_a_flow_records_is_not_overruled(tmp_path: Path) -> None:
 def test_saved_moved_and_loaded_it_gives_bit_equal_samples(tmp_path: Path, pipeline: Pipeline) -> None:
     labels = Condition(labels=torch.tensor([0, 1, 2]))
     before = pipeline.sample(labels, seed=0, guidance=Gaussian(1.0))
+    finite(before, pipeline, "guided samples")
     path = pipeline.save_pretrained(tmp_path / "bundle")
     path.rename(tmp_path / "moved")
     again = Pipeline.from_pretrained(tmp_path / "moved")

@@ -16,8 +16,8 @@ from srcflow.testing.blocks import ReferenceBlock, check_block
 from srcflow.testing.compressors import check_compressor
 from srcflow.testing.couplings import check_coupling
 from srcflow.testing.encoders import check_encoder
-from srcflow.testing.expect import perturb
 from srcflow.testing.guidance import check_guidance
+from srcflow.testing.perturbation import perturb
 from srcflow.testing.solvers import check_solver
 
 __all__ = [

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from srcflow.couplings.affine import Affine
 from srcflow.couplings.base import Coupling
-from srcflow.testing.expect import close, device_of, differ, finite, normal, perturb, require
+from srcflow.testing.expect import close, device_of, differ, finite, normal, require
+from srcflow.testing.perturbation import perturb
 from srcflow.types import CausalBlock, Condition, Context, State
 
 

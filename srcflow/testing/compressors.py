@@ -10,7 +10,8 @@ from torch import Tensor
 from srcflow import registry
 from srcflow.compressors.base import Compressor
 from srcflow.errors import ConfigError, ShapeError
-from srcflow.testing.expect import check_construction, check_dead_parameters, close, device_of, differ, fail, finite, perturb, require
+from srcflow.testing.expect import check_construction, check_dead_parameters, close, device_of, differ, fail, finite, require
+from srcflow.testing.perturbation import perturb
 from srcflow.types import Grid
 
 

@@ -1,4 +1,4 @@
-"""What the checks share: explicit assertion errors, perturbation, files that must not be touched, specifications that must come back."""
+"""What the checks share: explicit assertion errors, files that must not be touched, specifications that must come back."""
 
 from __future__ import annotations
 
@@ -57,24 +57,6 @@ def finite(x: Tensor, subject: object, what: str) -> None:
     """Fail if `x` holds a NaN or an infinity."""
     bad = int((~torch.isfinite(x.detach())).sum())
     require(bad == 0, subject, f"{what}: {bad} of {x.numel()} values are not finite.")
-
-
-def perturb(module: M, std: float = 0.05, seed: int = 0) -> M:
-    """Add N(0, std^2) to every floating-point parameter of `module`, in place.
-
-    Fresh modules end in zeros, so contracts would hold for no good reason; a perturbed one looks like a trained one.
-
-    Args:
-        module: the module to perturb; returned.
-        std: standard deviation of what is added.
-        seed: of the noise.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.is_floating_point():
-                p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(std).to(p.device, p.dtype))
-    return module
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

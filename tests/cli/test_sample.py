@@ -19,6 +19,7 @@ from srcflow.cli import main
 from srcflow.cli.sample import to_uint8
 from srcflow.compressors.linear import Linear
 from srcflow.testing import perturb
+from srcflow.testing.expect import finite
 from srcflow.types import Condition
 
 CLASSES = 3
@@ -183,14 +184,17 @@ def test_refused(out: str, more: list[str], words: str, tmp_path: Path, pipeline
     assert not pipeline.calls
 
 
-def test_denoised_pixels_of_a_flow_that_records_no_codec(tmp_path: Path) -> None:
+def test_denoised_pixels_of_a_flow_that_records_no_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pixels, flow = PixelPatches(4, 2, scale="linear"), perturb(presets.tarflow(2, 12, 32, 2, 1, head_dim=16), 0.1)
     place, codec = artifacts.save(tmp_path / "flow", flow), artifacts.save(tmp_path / "pixels", pixels)
     pipeline = srcflow.pipeline.Pipeline(pixels, flow=flow)
     how = [f"--pipeline={place}", f"--autoencoder={codec}", "--n=3", "--device=cpu"]
     for name, more, denoise in (("noisy", [], None), ("clean", ["--denoise=0.5"], 0.5)):
         main(["sample", *how, f"--out={tmp_path / name}.npz", *more])
-        expected = to_uint8(pipeline.sample(3, seed=0, denoise=denoise))
+        images = pipeline.sample(3, seed=0, denoise=denoise)
+        finite(images, flow, f"{name} samples")
+        assert "ran away" not in capsys.readouterr().err
+        expected = to_uint8(images)
         np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npz")["arr_0"], expected)
     assert (np.load(tmp_path / "noisy.npz")["arr_0"] != np.load(tmp_path / "clean.npz")["arr_0"]).any()
 

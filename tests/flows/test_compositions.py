@@ -37,11 +37,10 @@ from srcflow.guidance.guided import GuidedBlock
 from srcflow.guidance.linear import Linear
 from srcflow.guidance.schedules import Annealed, Interval
 from srcflow.nn.attention import Attention, Cache
-from srcflow.nn.norm import RMSNorm
 from srcflow.nn.permutation import permute
 from srcflow.registry import build, spec_of
 from srcflow.testing import perturb
-from srcflow.testing.expect import distance, normal
+from srcflow.testing.expect import distance, finite, normal
 from srcflow.types import CausalBlock, Condition, Context, Grid, Solution
 
 FACTOR = int(os.environ.get("SRCFLOW_EXAMPLES", "1"))
@@ -105,12 +104,7 @@ class Trial:
         if flow.kind == "text":
             length, kept = self.null_lengths
             flow.set_null(normal(length, TEXT_DIM, seed=self.seed + 3), None if kept is None else torch.arange(length) < kept)
-        perturb(flow, std, seed=self.seed + seed)
-        with torch.no_grad():
-            for b in flow.blocks:
-                if not (b.identity or b.clip or isinstance(b.final_norm, RMSNorm)):
-                    b.head.weight.mul_(0.2)  # scales that nothing bounds: the inverse of noise would run away
-        return flow
+        return perturb(flow, std, seed=self.seed + seed)
 
     def parts(self, *, positions: str, text_axis: bool, side: float | None, conditioner: str | None, **rest: Any) -> dict[str, Any]:
         """A block's or the denoiser's arguments."""
@@ -237,6 +231,7 @@ def inverts(trial: Trial) -> None:
     condition = trial.condition(flow)
     with torch.no_grad():
         z = flow(x, condition, grid=trial.call).z
+        finite(z, flow, "z")
         close(flow.inverse(z, condition, grid=trial.call), x)
         close(flow(flow.inverse(x, condition, grid=trial.call), condition, grid=trial.call).z, x)
     acts = [not b.identity and (b.start_kind == "sos" or trial.tokens > 1) for b in flow.blocks]

@@ -26,6 +26,7 @@ from srcflow.guidance.gaussian import Gaussian
 from srcflow.guidance.linear import Linear
 from srcflow.guidance.schedules import Annealed, Interval
 from srcflow.testing import check_block, perturb
+from srcflow.testing.expect import finite
 from srcflow.types import Condition, Context
 
 GRID = (2, 3)
@@ -103,7 +104,9 @@ def test_inverse(flow: Flow, dtype: torch.dtype, bound: float) -> None:
     x, condition = data(flow), condition_for(flow)
     z = flow(x, condition).z
     assert (z - x).abs().max() > 0.1  # the flow is not the identity
-    assert (flow.inverse(z, condition) - x).abs().max() < bound
+    back = flow.inverse(z, condition)
+    finite(torch.stack([z, back]), flow, "z and its inverse")
+    assert (back - x).abs().max() < bound
 
 
 def test_log_det_is_the_jacobians(flow: Flow) -> None:
@@ -311,6 +314,7 @@ def test_each_knob_of_guidance_changes_the_result(guidance: Gaussian | Linear) -
     flow = perturb(FLOWS["options" if guidance.blocks == "deep" else "srcflow"](), 0.1).double()
     z, condition = data(flow), Condition(labels=torch.tensor([1, 2]))
     results = [flow.inverse(z, condition, guidance=g) for g in (None, Gaussian(1.5), Linear(1.5), guidance)]
+    finite(torch.stack(results), flow, "guided and plain inverses")
     same = [float((results[-1] - r).abs().max()) for r in results[:-1]]
     assert same[0] > 1e-6
     if repr(guidance) not in (repr(Gaussian(1.5)), repr(Linear(1.5))) and guidance.blocks != "deep":
@@ -322,6 +326,7 @@ def test_deep_guides_only_the_last_block_on_the_noise_side() -> None:
     assert flow.deep == 2
     z, condition = data(flow), Condition(labels=torch.tensor([1, 2]))
     plain, deep, everywhere = (flow.blocks_inverse(z, condition, guidance=g) for g in (None, Linear(1.5, blocks="deep"), Linear(1.5)))
+    finite(torch.stack([*plain, *deep, *everywhere]), flow, "guided and plain inverses of every block")
     assert torch.equal(deep[0], everywhere[0])
     assert not torch.allclose(plain[0], deep[0])
     assert not torch.allclose(deep[1], everywhere[1])
@@ -331,6 +336,7 @@ def test_autoguidance_uses_the_other_flow() -> None:
     flow, other = (perturb(FLOWS["starflow"](), 0.1, seed=s).double() for s in (0, 1))
     z = data(flow)
     guided = flow.inverse(z, guidance=Gaussian(1.0, blocks="all", negative=Negative(flow=other)))
+    finite(guided, flow, "the guided inverse")
     assert not torch.allclose(guided, flow.inverse(z))
     itself = flow.inverse(z, guidance=Gaussian(1.0, blocks="all", negative=Negative(flow=flow)))
     torch.testing.assert_close(itself, flow.inverse(z), atol=1e-10, rtol=0)
@@ -359,6 +365,7 @@ def test_attention_temperature_per_row() -> None:
     flow = perturb(FLOWS["starflow"](), 0.3).double()
     z = data(flow)
     both = flow.inverse(z, attention_temperature=torch.tensor([1.0, 0.5]))
+    finite(both, flow, "the inverse")
     torch.testing.assert_close(both[:1], flow.inverse(z[:1]), atol=1e-10, rtol=0)
     torch.testing.assert_close(both[1:], flow.inverse(z[1:], attention_temperature=0.5), atol=1e-10, rtol=0)
     assert not torch.allclose(both[1:], flow.inverse(z[1:]))
@@ -521,6 +528,7 @@ def test_attention_temperature_may_be_any_tensor_of_one_or_a_number_per_row(shap
     z, condition, t = data(flow), Condition(labels=torch.tensor([1, 2])), torch.full(shape, 0.7)
     for guidance in (None, Gaussian(1.5, negative=Negative(attention_temperature=1.3))):
         expected = flow.inverse(z, condition, guidance=guidance, attention_temperature=0.7)
+        finite(expected, flow, "the inverse")
         torch.testing.assert_close(flow.inverse(z, condition, guidance=guidance, attention_temperature=t), expected)
     with pytest.raises(ShapeError, match="one per row"):
         flow.inverse(z, condition, attention_temperature=torch.ones(3))

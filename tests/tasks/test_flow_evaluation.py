@@ -24,6 +24,7 @@ from srcflow.pipeline import Pipeline
 from srcflow.tasks.flow import FlowTask
 from srcflow.tasks.flow_evaluation import Evaluation
 from srcflow.testing import perturb
+from srcflow.testing.expect import finite
 from srcflow.types import Condition
 
 SAMPLES = 16
@@ -81,6 +82,7 @@ def test_distances_are_of_denoised_samples(tmp_path: Path, codec: Path) -> None:
     pipeline = Pipeline(PixelPatches(12, 6, scale="linear"), flow=flow())
     labels = Condition(labels=torch.arange(SAMPLES) % 3)
     drawn = torch.cat(judge.seen[-2:])  # the last ones are the samples
+    finite(drawn, "samples", "denoised images")
     torch.testing.assert_close(drawn, pipeline.sample(labels, seed=3, denoise=0.3), atol=1e-5, rtol=0)
     assert not torch.allclose(drawn, pipeline.sample(labels, seed=3), atol=1e-2)
     assert (written["protocol"]["denoise"], written["protocol"]["denoiser"]) == (0.3, "score")
