@@ -234,6 +234,21 @@ def test_the_likelihoods_of_a_test_are_means_over_images_and_draws(tmp_path: Pat
     assert found["round_trip_error"] < 1e-6
 
 
+def test_the_class_is_decided_by_all_draws(tmp_path: Path, codec: str) -> None:
+    """Under so much noise that the draws disagree."""
+    flow, data, draws, sigma = fitted(), Rows(held_out=40), 3, 1.5
+    evaluation = Evaluation(draws=draws, samples=0, classified=40, round_trip=0, baseline_batches=0)
+    task = task_of(codec, flow, evaluation=evaluation, noise=Constant(sigma), metrics_file=str(tmp_path / "m.json"))
+    by_hand.trainer(tmp_path).test(task, data, verbose=False)
+    batch = rows_of(data.test_dataloader())
+    with torch.no_grad():
+        noises = [by_hand.noise(5, "test", k, batch["indices"], sigma=sigma).double() for k in range(draws)]
+        each = [by_hand.per_class(flow, batch["features"] + e) for e in noises]
+    right = [float((d.argmax(1) == batch["labels"]).double().mean()) for d in (sum(each), *each)]
+    assert right[0] not in right[1:]
+    assert json.loads((tmp_path / "m.json").read_text())["metrics"]["accuracy"] == pytest.approx(right[0], abs=1e-12)
+
+
 class Colours(Extractor):
     """Mean colours of the four quadrants."""
 

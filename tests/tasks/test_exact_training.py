@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srcflow import artifacts
 from srcflow.callbacks.ema import EMA
+from srcflow.callbacks.non_finite import NonFiniteWarning
 from srcflow.flows import presets
 from srcflow.flows.flow import Flow
 from srcflow.noise import Constant
@@ -262,6 +263,27 @@ def test_a_clipped_and_an_unclipped_step_differ_only_above_the_limit(tmp_path: P
     assert torch.equal(seen[0][0], seen[1][0])
     assert seen[0][1] == seen[1][1] == seen[2][1] > 1e-3  # logged before it is clipped
     assert float(seen[2][0].norm()) == pytest.approx(0.1 * 1e-3, rel=1e-2)  # (1 - beta_1) of a gradient of that norm
+
+
+def test_a_dropped_step_moves_neither_weights_nor_average(tmp_path: Path, codec: str) -> None:
+    """The third batch of four is spoiled; what the average is after the last is that of three updates."""
+
+    class Spoiled(Recording):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if batch_idx == 2 else loss
+
+    ema = EMA(0.9)
+    trail = Trail(ema)
+    task = Spoiled(by_hand.tiny_flow(), codec, noise=Constant(SIGMA), optimization=Optimization(learning_rate=1e-2), seed=5)
+    with pytest.warns(NonFiniteWarning, match="step 2 was skipped"):
+        run(task, tmp_path, callbacks=[ema, trail], max_steps=4)
+    assert torch.equal(trail.weights[2], trail.weights[1])
+    assert torch.equal(trail.averages[2], trail.averages[1])
+    average = torch.cat([p.detach().flatten() for p in task.steps[0][0].parameters()])
+    for n, now in enumerate((trail.weights[0], trail.weights[1], trail.weights[3]), 1):
+        average = average + (1 - (1 + n) / (10 + n)) * (now - average)
+    torch.testing.assert_close(trail.averages[3], average, **EXACT)
 
 
 def test_the_learned_prior_moves_by_a_tenth_to_the_mean_square_of_the_noise(tmp_path: Path, codec: str) -> None:
