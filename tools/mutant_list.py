@@ -38,12 +38,12 @@ PREDICTIONS = _in(EVALUATION, "test_predictions_are_nats_per_dimension_and_the_c
 CLASSES = _in(EVALUATION, "test_densities_per_class_stand_under_the_flows_own_prior")
 LIKELIHOODS = _in(EVALUATION, "test_the_likelihoods_of_a_test_are_means_over_images_and_draws")
 DISTANCES = _in(EVALUATION, "test_the_distances_and_reconstructions_of_a_test_are_the_formulae")
-COMPOSITIONS = "flows/test_compositions.py"
-GUIDED = _in(COMPOSITIONS, "test_the_guided_inverse_solves_the_guided_forward_written_by_hand")
+RULES = "guidance/test_rules.py"
+PROGRESS = _in(RULES, "test_token_i_of_n_is_guided_at_progress_i_over_n_less_one")
+COUPLINGS = _in("test_contracts.py", "test_couplings")
 NORMALISED = _in("flows/test_flow.py", "test_normalisation_gives_unit_covariance")
 KEYS = _in("test_randomness.py", "test_every_part_of_the_key_matters", "test_numbers_do_not_change_between_versions")
-PLANS = _in("data/test_shard_plan.py", "test_epochs_and_seeds_have_other_shards_and_other_orders")
-TRANSFORMS = _in("data/test_transforms.py", "test_random_crop_and_flip_depend_on_seed_epoch_and_index_only")
+CROPS = _in("data/test_exact_draws.py", "test_crops_and_flips_are_drawn_anew_in_every_epoch")
 SAMPLER = _in("data/test_sampler.py", "test_orders_differ_by_epoch_and_seed_and_can_be_repeated")
 SKIPPED = _in("callbacks/test_non_finite.py", "test_a_bad_step_changes_nothing_and_the_next_one_proceeds")
 
@@ -165,7 +165,7 @@ MUTANTS = [
         "srcflow/couplings/affine.py",
         "return (x - m) * torch.exp(-a), -a",
         "return (x - m) * torch.exp(-a), a",
-        _in(COMPOSITIONS, "test_log_det_is_the_jacobians"),
+        COUPLINGS,
     ),
     Mutant(
         "the softplus scale is not that of zero parameters",
@@ -179,7 +179,7 @@ MUTANTS = [
         "srcflow/couplings/additive.py",
         "return z + params.squeeze(-2)",
         "return z - params.squeeze(-2)",
-        _in(COMPOSITIONS, "test_inverse_undoes_forward_and_forward_the_inverse"),
+        COUPLINGS,
     ),
     Mutant(
         "a normalisation's log-determinant is one token's",
@@ -245,21 +245,33 @@ MUTANTS = [
         _in("nn/test_attention.py", "test_a_temperature_divides_the_logits"),
     ),
     # --- guidance ---
-    Mutant("the ratio of variances is not clipped", "srcflow/guidance/gaussian.py", ".clamp(max=0.0)", "", GUIDED),
-    Mutant("Gaussian guidance narrows twice as much", "srcflow/guidance/gaussian.py", "- 0.5 * torch.log(d)", "- torch.log(d)", GUIDED),
+    Mutant(
+        "the ratio of variances is not clipped",
+        "srcflow/guidance/gaussian.py",
+        ".clamp(max=0.0)",
+        "",
+        _in(RULES, "test_gaussian_guidance_takes_a_wider_positive_density_for_as_wide_as_the_negative_one"),
+    ),
+    Mutant(
+        "Gaussian guidance narrows twice as much",
+        "srcflow/guidance/gaussian.py",
+        "- 0.5 * torch.log(d)",
+        "- torch.log(d)",
+        _in(RULES, "test_gaussian_guidance_is_the_product_of_densities_where_the_positive_one_is_narrower"),
+    ),
     Mutant(
         "linear guidance pushes the shift from the log-scale",
         "srcflow/guidance/linear.py",
         "shift + w * (shift - negative.shift)",
         "shift + w * (shift - negative.log_scale)",
-        GUIDED,
+        _in(RULES, "test_linear_guidance_extrapolates_what_it_names"),
     ),
     Mutant(
         "an annealed strength is a constant one",
         "srcflow/guidance/schedules.py",
         "return self.strength * progress",
         "return self.strength * torch.ones_like(progress)",
-        GUIDED,
+        PROGRESS,
     ),
     Mutant(
         "an interval leaves its end out",
@@ -273,7 +285,7 @@ MUTANTS = [
         "srcflow/guidance/guided.py",
         "streams.progress[at + 1 : at + 1 + m]",
         "streams.progress[at : at + m]",
-        GUIDED,
+        PROGRESS,
     ),
     # --- randomness and noise ---
     Mutant("keys forget the step", "srcflow/randomness.py", "{seed}/{purpose}/{step}/{index}", "{seed}/{purpose}/{index}", KEYS),
@@ -429,9 +441,7 @@ MUTANTS = [
         'generator(self.seed, "flip", 0, index)',
         _in("data/test_exact_draws.py", "test_crops_and_flips_are_drawn_anew_in_every_epoch"),
     ),
-    Mutant(
-        "a flip turns images upside down", "srcflow/data/transforms.py", "pixels = pixels[:, ::-1]", "pixels = pixels[::-1]", TRANSFORMS
-    ),
+    Mutant("a flip turns images upside down", "srcflow/data/transforms.py", "pixels = pixels[:, ::-1]", "pixels = pixels[::-1]", CROPS),
     Mutant(
         "labels are the samples' indices",
         "srcflow/data/batches.py",
