@@ -1,7 +1,8 @@
 """Runs pytest in the current directory again and again, each time in a fork that has the libraries but not yet the package imported.
 
-Started by `mutants.py`, one for each copy of the tree, with the copy on Python's path. An order is a line of JSON on standard input,
-{"arguments": pytest's, "output": a file}; the answers on standard output are the fork's process id, and its exit status when it ends.
+Started by `mutants.py` with the libraries' names, one for each copy of the tree, which is on Python's path. An order is a line of JSON on
+standard input, {"arguments": pytest's, "output": a file}; the answers on standard output are the fork's process id, and its exit status
+when it ends.
 """
 
 from __future__ import annotations
@@ -14,20 +15,6 @@ import sys
 import traceback
 from pathlib import Path
 
-LIBRARIES = (
-    "numpy",
-    "torch",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "lightning.pytorch",
-    "torchmetrics.functional.image",
-    "safetensors.torch",
-    "scipy.linalg",
-    "PIL.Image",
-    "jsonargparse",
-    "hypothesis.strategies",
-    "pytest",
-)
 FAILED = 3
 
 
@@ -58,7 +45,7 @@ def tested(order: dict[str, object]) -> int:
 def main() -> int:
     """Serve until standard input ends."""
     sys.path.pop(0)  # this file's folder
-    for name in LIBRARIES:
+    for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     if "srcflow" in sys.modules:

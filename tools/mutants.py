@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -38,6 +39,21 @@ COPIED = ("srcflow", "tests", "tools", "configs", "pyproject.toml")
 LIMIT = 20.0
 """Seconds a mutant's tests may take; three times what they take unchanged where that is more."""
 
+LIBRARIES = (
+    "numpy",
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "lightning.pytorch",
+    "torchmetrics.functional.image",
+    "safetensors.torch",
+    "scipy.linalg",
+    "PIL.Image",
+    "jsonargparse",
+    "hypothesis.strategies",
+    "pytest",
+)
+"""What the tests import that is not the package: read once for all mutants."""
 SERVER = Path(__file__).with_name("mutant_server.py")
 
 T = TypeVar("T")
@@ -78,7 +94,7 @@ def mutated(mutant: Mutant, root: Path) -> str:
         raise MutantError(f"{mutant.name!r}: a mutant changes part of one line.")
     changed = source.replace(mutant.old, mutant.new)
     try:
-        if ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source)):
+        if ast.dump(ast.parse(changed)) == _meaning(source):
             raise MutantError(f"{mutant.name!r}: the changed line means the same.")
     except SyntaxError as e:
         raise MutantError(f"{mutant.name!r}: the changed line is no Python: {e}.") from e
@@ -90,11 +106,19 @@ def missing_tests(tests: Iterable[str], root: Path) -> list[str]:
     return [t for t in tests if t.partition("::")[2] not in _functions(root / t.partition("::")[0])]
 
 
-def _functions(path: Path) -> set[str]:
-    if not path.is_file():
-        return set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test")}
+@functools.cache
+def _meaning(source: str) -> str:
+    return ast.dump(ast.parse(source))
+
+
+def _functions(path: Path) -> frozenset[str]:
+    return _tests_of(path.read_text(encoding="utf-8")) if path.is_file() else frozenset()
+
+
+@functools.cache
+def _tests_of(source: str) -> frozenset[str]:
+    tree = ast.parse(source)
+    return frozenset(n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test"))
 
 
 def copied(root: Path, target: Path) -> Path:
@@ -128,7 +152,7 @@ class Copy:
         # as tests/conftest.py sets them before it imports anything
         kept |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JSONARGPARSE_DEPRECATION_WARNINGS": "off"}
         self.server = subprocess.Popen(
-            [sys.executable, str(SERVER)],
+            [sys.executable, str(SERVER), *LIBRARIES],
             cwd=self.folder,
             env={**kept, "PYTHONPATH": str(self.folder)},
             text=True,
