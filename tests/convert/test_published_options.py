@@ -6,10 +6,12 @@ that over to the others. Weights are random; float64 is compared to 1e-9, float3
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 
 from srcflow import convert
+from srcflow.autoencoders.pixels import PixelPatches
+from srcflow.compressors.identity import Identity
 from srcflow.errors import ConfigError, SrcflowError
 from srcflow.flows.flow import Flow
 from srcflow.guidance.base import Guidance, Negative
@@ -24,6 +28,8 @@ from srcflow.guidance.gaussian import Gaussian
 from srcflow.guidance.linear import Linear
 from srcflow.guidance.schedules import Annealed
 from srcflow.nn import patchify, unpatchify
+from srcflow.noise import Constant
+from srcflow.tasks.flow import FlowTask
 from srcflow.types import Condition
 
 from . import published
@@ -237,6 +243,56 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual.detach().double(), expected.double(), atol=atol, rtol=0)
 
 
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+"""What the likelihood per dimension has more than the published losses, which leave constants out."""
+
+
+class Trained(FlowTask):
+    """A flow as `training_step` trains it, on tokens that stand as features in the batch, without noise.
+
+    Args:
+        flow: the flow; a copy is used, without its denoiser, whose loss would be added.
+        grid: of the tokens, where it is not the one the flow is built for.
+        told: the condition, where the batch's labels do not tell it.
+        latent_norm_weight: as for the task.
+    """
+
+    def __init__(self, flow: Flow, grid: Grid, told: Condition | None = None, latent_norm_weight: float = 0.0) -> None:
+        super().__init__(copy.deepcopy(flow), "", noise=Constant(0.0), label_dropout=0.0, latent_norm_weight=latent_norm_weight)
+        self.flow.self_denoiser = None
+        self.told, self.tokens_grid = told, grid
+        self.logged: dict[str, Tensor] = {}
+        self.given: list[Tensor] = []
+        self.set_outside("autoencoder", PixelPatches(8, 1, channels=flow.channels, scale="linear"))
+        self.set_outside("compressor", Identity(flow.channels))
+        strategy = SimpleNamespace(reduce=lambda value, reduce_op: value)
+        self._trainer: Any = SimpleNamespace(global_step=0, log_every_n_steps=1, strategy=strategy)
+        steps = self.flow.steps
+
+        def watched(codes: Tensor, condition: Condition | None = None) -> Any:
+            self.given.append(codes.requires_grad_(True))
+            return steps(codes, condition, grid=self.tokens_grid)
+
+        self.flow.steps = watched  # type: ignore[method-assign,assignment]
+
+    def loss(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The loss of tokens x (B, N, d), and its gradient with respect to them."""
+        none = torch.full((len(x),), -1)
+        batch: Any = {"features": x, "grid": self.tokens_grid, "indices": torch.arange(len(x)), "valid": none < 0}
+        loss = self.training_step({**batch, "labels": none if labels is None else labels}, 0)
+        (gradient,) = torch.autograd.grad(loss, self.given[-1])
+        return loss, gradient
+
+    def condition(self, batch: Any, *, dropout: bool) -> Condition | None:
+        return super().condition(batch, dropout=dropout) if self.told is None else self.told
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        self.logged[name] = value
+
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        self.logged.update(dictionary)
+
+
 # ---- the reference itself
 
 
@@ -326,14 +382,12 @@ def test_the_reference_feels_the_mask(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_data_to_noise(name: str) -> None:
-    """Outputs, parameters and log-determinants of every block; loss, its gradient, the denoised sample, the latent norm, the likelihood."""
+    """Outputs, parameters and log-determinants of every block; the denoised sample, the likelihood."""
     m = model(name)
     dims = m.x[0].numel()
     for flow, dtype, told in m.conditions(m.positive):
-        x = m.x.to(dtype).requires_grad_(True)
-        steps = flow.blocks_forward(x, told, grid=m.grid)
-        loss = 0.5 * steps[-1].z.square().mean() - sum(s.logdet.mean() for s in steps)
-        (gradient,) = torch.autograd.grad(loss, x)
+        with torch.no_grad():
+            steps = flow.blocks_forward(m.x.to(dtype), told, grid=m.grid)
         assert len(steps) == len(m.blocks)
         for k, (step, expected) in enumerate(zip(steps, m.blocks, strict=True)):
             close(step.z, expected.z, FORWARD)
@@ -341,11 +395,7 @@ def test_data_to_noise(name: str) -> None:
             wanted = [expected.a, expected.m] if m.config.get("nvp", True) else [expected.m]
             close(step.params, torch.stack(wanted, 2), FORWARD)
             assert step.params.shape[2] == len(wanted), k
-        close(loss, published.loss(m.blocks), FORWARD)
-        close(gradient, m.gradient, FORWARD)
         close(flow.denoise(m.x.to(dtype), SIGMA, told, grid=m.grid), published.denoised(m.x, SIGMA, m.gradient), FORWARD)
-        norm = sum((s.z.square().mean() for s in steps[:-1]), start=x.square().mean())
-        close(norm, published.latent_norm(m.x, m.blocks), FORWARD)
         with torch.no_grad():
             whole = flow(m.x.to(dtype), told, grid=m.grid)
         total = sum(b.logdet.sum((1, 2)) for b in m.blocks)
@@ -355,6 +405,47 @@ def test_data_to_noise(name: str) -> None:
             var = m.state["var"]
             prior = -0.5 * (m.blocks[-1].z.square() / var + var.log() + math.log(2 * math.pi)).sum((1, 2))
             close(flow.log_prob(m.x.to(dtype), told) / dims, (prior + total) / dims, FORWARD)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_training_step_has_the_published_loss_its_gradient_and_the_latent_norm(name: str) -> None:
+    m = model(name)
+    norm = published.latent_norm(m.x, m.blocks)
+    for flow, dtype, told in m.conditions(m.positive):
+        plain, task = (Trained(flow, m.grid, told, weight) for weight in (0.0, 0.25))
+        loss, gradient = plain.loss(m.x.to(dtype))
+        regularised, _ = task.loss(m.x.to(dtype))
+        close(loss - HALF_LOG_2PI, published.loss(m.blocks), FORWARD)
+        close(gradient, m.gradient, FORWARD)
+        close(task.logged["train/latent_norm"], norm, FORWARD)
+        close(regularised - loss, 0.25 * norm, FORWARD)
+        close(task.logged["train/nll"], plain.logged["train/nll"], FORWARD)
+
+
+def test_the_training_step_computes_the_published_tarflow_numbers() -> None:
+    """The labels come from the batch, the null class among them."""
+    vector = read("tarflow_class")
+    assert (vector.given["y"] == -1).any()
+    task = Trained(convert.tarflow(vector.state, **vector.config), (4, 4))
+    loss, gradient = task.loss(published.tokens(vector.given["x"], 2, "cpp"), vector.given["y"])
+    close(loss - HALF_LOG_2PI, vector.out["loss"].squeeze(), FORWARD)
+    close(published.images(gradient, 2, "cpp", (4, 4)), vector.out["grad_x"], FORWARD)
+    close(task.logged["train/logdet"], vector.out["logdet"].mean(), FORWARD)
+    close(task.logged["train/prior"] - HALF_LOG_2PI, 0.5 * vector.out["z"].square().mean(), FORWARD)
+
+
+@pytest.mark.parametrize("name", ["starflow_uncond", "starflow_text_top"])
+def test_the_training_step_computes_the_published_starflow_numbers(name: str) -> None:
+    vector = read(name)
+    grid = (vector.config["img_size"], vector.config["img_size"])
+    told = Condition(text=vector.given["text"]) if "text" in vector.given else None
+    flow = convert.starflow(vector.state, **vector.config)
+    task = Trained(flow, grid, told, latent_norm_weight=0.5)
+    x, norm = published.tokens(vector.given["x"], 1, "ppc"), vector.out["reg_sum_mean_sq"].squeeze()
+    loss, _ = task.loss(x)
+    close(loss - HALF_LOG_2PI - 0.5 * norm, vector.out["loss"].squeeze(), FORWARD)
+    close(task.logged["train/latent_norm"], norm, FORWARD)
+    close(published.images(Trained(flow, grid, told).loss(x)[1], 1, "ppc", grid), vector.out["grad_x"], FORWARD)
 
 
 @pytest.mark.parametrize("name", CASES)
