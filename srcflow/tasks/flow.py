@@ -256,7 +256,7 @@ class FlowTask(Task):
 
     def condition(self, batch: Batch, *, dropout: bool) -> Condition | None:
         """The condition of a batch, with labels dropped at random in training."""
-        if self.flow.kind != "labels":
+        if "labels" not in self.flow.fields:
             return None
         labels = batch["labels"]
         if dropout and self.label_dropout > 0:
@@ -361,7 +361,7 @@ class FlowTask(Task):
         """Images (n, 3, H, W) in [0, 1] for n samples or the given labels (n,), drawn and denoised as the task is set to."""
         with gathered(self.flow), self.trainer.precision_plugin.forward_context():
             condition: int | Condition = labels if isinstance(labels, int) else Condition(labels=labels)
-            if not isinstance(condition, int) and self.flow.kind != "labels":
+            if not isinstance(condition, int) and "labels" not in self.flow.fields:
                 condition = len(condition)
             return self.pipeline.sample(
                 condition,
