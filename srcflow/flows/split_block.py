@@ -66,7 +66,7 @@ class SplitBlock(Trunk):
         half = channels // 2
         first, second = slice(0, half), slice(half, channels)
         self.kept, self.changed = (second, first) if swap else (first, second)
-        self.map = coupling
+        self.coupling = coupling
         outputs = half if swap else channels - half
         self.head = nn.Linear(width, coupling.params_per_channel * outputs)
         nn.init.zeros_(self.head.weight)
@@ -76,15 +76,15 @@ class SplitBlock(Trunk):
         """Data x (B, N, d) to noise z (B, N, d), and the log-determinant (B,) in nats. See `ParallelBlock.forward`."""
         params = self._params(x, ctx)
         moved, logdet = (
-            recomputed(self.map.forward, x[..., self.changed], params)
+            recomputed(self.coupling.forward, x[..., self.changed], params)
             if self.recompute_head
-            else self.map.forward(x[..., self.changed], params)
+            else self.coupling.forward(x[..., self.changed], params)
         )
         return self._with(x, moved), logdet.flatten(1).sum(1)
 
     def inverse(self, z: Tensor, ctx: Context) -> Tensor:
         """Noise z (B, N, d) to data (B, N, d)."""
-        return self._with(z, self.map.inverse(z[..., self.changed], self._params(z, ctx)))
+        return self._with(z, self.coupling.inverse(z[..., self.changed], self._params(z, ctx)))
 
     def _params(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, N, p, changed channels), at least float32, from the channels that are kept."""
@@ -95,7 +95,7 @@ class SplitBlock(Trunk):
         with without_autocast(h):
             h = self.final_norm(h.to(self.head_dtype(h)))
             out = F.linear(h, self.head.weight.to(h.dtype), self.head.bias.to(h.dtype))
-            return out.reshape(*out.shape[:-1], self.map.params_per_channel, -1)
+            return out.reshape(*out.shape[:-1], self.coupling.params_per_channel, -1)
 
     def _with(self, x: Tensor, moved: Tensor) -> Tensor:
         kept = x[..., self.kept].to(moved.dtype)
