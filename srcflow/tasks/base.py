@@ -355,6 +355,7 @@ class Task(L.LightningModule):
             ConfigError: training would go on from averaged weights because the EMA callback is missing.
             ManifestMismatchError: the checkpoint was built on other artifacts.
         """
+        resume.settle(checkpoint)
         self._evaluated = "ema" if RAW_STATE in checkpoint else "raw"
         fitting = self._trainer is not None and self._trainer.state.fn == "fit"
         if fitting and RAW_STATE in checkpoint and self.ema is None:
