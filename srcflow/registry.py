@@ -29,6 +29,7 @@ FAMILIES: dict[str, str] = {
     "encoders": "srcflow.encoders.base:Encoder",
     "autoencoders": "srcflow.autoencoders.base:Autoencoder",
     "compressors": "srcflow.compressors.base:Compressor",
+    "conditioners": "srcflow.conditioners.base:Conditioner",
     "couplings": "srcflow.couplings.base:Coupling",
     "guidance": "srcflow.guidance.base:Guidance",
     "schedules": "srcflow.guidance.schedules:Schedule",

@@ -1,4 +1,4 @@
-"""What crosses borders between the rooms of the package: plain containers of tensors, no behaviour of their own.
+"""What crosses borders between the parts of the package: plain containers of tensors.
 
 Shapes use the package's letters: B batch, N tokens, m a run of tokens, D feature width, d code width, p parameters per channel,
 L text length, T text width.
@@ -6,11 +6,14 @@ L text length, T text width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from srcflow.errors import ShapeError
 
 Grid = tuple[int, int]
 """(rows, columns) of the token grid; tokens are row-major, N = rows * columns."""
@@ -34,33 +37,102 @@ class Batch(TypedDict, total=False):
     flipped: Tensor  # (B,) bool, whether the sample was mirrored
 
 
-@dataclass(frozen=True)
 class Condition:
-    """What a flow is conditioned on. `None` everywhere (or no Condition at all) means the flow's null condition.
+    """What a flow is conditioned on: named tensors with a row per sample, as the flow's conditioners declare them (`conditioners.Field`).
+
+    A missing field, None, and -1 in a field of class ids mean the null condition; so does None in place of a Condition.
 
     Args:
-        labels: (B,) int64 class ids, -1 for the null class of that row.
-        text: (B, L, T) text features.
-        mask: (B, L) bool, True where `text` is a real token.
+        fields: tensors of B rows each. Built-in conditioners read `labels` (B,) int64 class ids (-1: null), `text` (B, L, T) features and
+            `mask` (B, L) bool, True where `text` is a real token. `dropped` (B,) bool marks rows whose every field is null.
+
+    Raises:
+        ShapeError: the fields have different numbers of rows.
+
+    >>> condition = Condition(labels=torch.tensor([3, -1]))
+    >>> len(condition), condition.labels.tolist(), condition.text
+    (2, [3, -1], None)
     """
 
-    labels: Tensor | None = None
-    text: Tensor | None = None
-    mask: Tensor | None = None
+    __slots__ = ("_fields",)
+    _fields: dict[str, Tensor]
+
+    def __init__(self, **fields: Tensor | None) -> None:
+        given = {name: value for name, value in fields.items() if value is not None}
+        rows = {name: int(value.shape[0]) if value.ndim else 0 for name, value in given.items()}
+        if len(set(rows.values())) > 1:
+            raise ShapeError(f"the fields of a condition have a row per sample, not {rows}.")
+        object.__setattr__(self, "_fields", given)
+
+    @property
+    def fields(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        return dict(self._fields)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(B,) int64 class ids, -1 for the null class, or None."""
+        return self._fields.get("labels")
+
+    @property
+    def text(self) -> Tensor | None:
+        """(B, L, T) text features, or None."""
+        return self._fields.get("text")
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, L) bool, True where `text` is a real token, or None."""
+        return self._fields.get("mask")
+
+    def get(self, name: str) -> Tensor | None:
+        """A field, or None if it is missing."""
+        return self._fields.get(name)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        """The condition with `function` applied to every field."""
+        return Condition(**{name: function(value) for name, value in self._fields.items()})
 
     def index(self, i: Tensor | slice) -> Condition:
         """Rows `i` of every field."""
-        return Condition(*(None if t is None else t[i] for t in (self.labels, self.text, self.mask)))
+        return self.map(lambda value: value[i])
 
     def to(self, device: torch.device | str) -> Condition:
         """Every field on `device`."""
-        return Condition(*(None if t is None else t.to(device) for t in (self.labels, self.text, self.mask)))
+        return self.map(lambda value: value.to(device))
+
+    def joins(self, other: Condition) -> bool:
+        """Whether `cat` can put the rows of `other` below these."""
+        mine, theirs = self._fields, other._fields
+        return set(mine) == set(theirs) and all(mine[name].shape[1:] == theirs[name].shape[1:] for name in mine)
+
+    def cat(self, other: Condition) -> Condition:
+        """The rows of both, field by field.
+
+        Raises:
+            ShapeError: they have different fields, or fields of different widths.
+        """
+        if not self.joins(other):
+            raise ShapeError(f"{self!r} and {other!r} cannot be joined: they need the same fields, of equal widths and lengths.")
+        return Condition(**{name: torch.cat([value, other._fields[name]]) for name, value in self._fields.items()})
 
     def __len__(self) -> int:
-        for t in (self.labels, self.text):
-            if t is not None:
-                return int(t.shape[0])
-        return 0
+        return next((int(value.shape[0]) for value in self._fields.values()), 0)
+
+    def __bool__(self) -> bool:
+        return True  # a condition without fields is still one: the null condition
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a Condition does not change; make another one (Condition({name}=...)).")
+
+    def __reduce__(self) -> Any:
+        return _condition, (self._fields,)
+
+    def __repr__(self) -> str:
+        return f"Condition({', '.join(f'{name}={tuple(value.shape)}' for name, value in self._fields.items())})"
+
+
+def _condition(fields: dict[str, Tensor]) -> Condition:
+    return Condition(**fields)
 
 
 class AffineParams(NamedTuple):
@@ -78,11 +150,14 @@ class FlowOutput(NamedTuple):
 
 
 class BlockOutput(NamedTuple):
-    """One block's result: z (B, N, d) in raster order; params (B, N, p, d) (the coupling's input, after clip and shift, p ordered (a, m))
-    and logdet (B, N, d), both in the block's own order."""
+    """One block's result.
+
+    z (B, N, d) is in raster order. params (B, N, p, d) (the coupling's input, after clip and shift, p ordered (a, m)) and logdet (B, N, d)
+    are in the block's own order. A `ParallelBlock` has no params (None), and its logdet is (B, 1, 1).
+    """
 
     z: Tensor
-    params: Tensor
+    params: Tensor | None
     logdet: Tensor
 
 
@@ -95,19 +170,30 @@ class Solution(NamedTuple):
     fallback: Tensor
 
 
+class Inversion(NamedTuple):
+    """A flow's inverse and how it was found: data x (B, N, d) in raster order, and one `Solution` per block, noise side first."""
+
+    x: Tensor
+    solutions: list[Solution]
+
+
 @dataclass(frozen=True)
 class Context:
-    """Everything a block needs besides its tokens.
+    """Everything a block or a solver needs besides the tokens.
 
     Args:
         condition: the condition, already resolved by the flow (nulls filled in), or None for an unconditional block.
         grid: (rows, columns) of the tokens; None means the grid the block was built for.
         attention_temperature: attention logits are divided by it; a number, or (B,) for one per row.
+        block: the block's position in its flow; 0 is the data side, the first of `forward`.
+        blocks: how many blocks the flow has, so that positions can be counted from the noise side.
     """
 
     condition: Condition | None = None
     grid: Grid | None = None
     attention_temperature: float | Tensor = 1.0
+    block: int = 0
+    blocks: int = 1
 
     def replace(self, **changes: Any) -> Context:
         """A copy with some fields changed."""
@@ -128,7 +214,12 @@ class CouplingLike(Protocol):
 
 @runtime_checkable
 class CausalBlock(Protocol):
-    """One causal block. All methods work in the block's own order; the flow permutes."""
+    """One causal block. All methods work in the block's own order; the flow permutes.
+
+    A flow also looks at these attributes, if the block has them: `channels` (d) and `grid` (rows, columns) that it is built for; `order`
+    ("raster" or "reverse", default raster); `fields`, the `conditioners.Field`s that it reads (default none); `identity` (default False),
+    whether it changes nothing.
+    """
 
     @property
     def coupling(self) -> CouplingLike: ...
@@ -141,3 +232,17 @@ class CausalBlock(Protocol):
 
     def extend(self, u_new: Tensor, at: int, state: State) -> Tensor:
         """Feed tokens at .. at+m-1 (B, m, d); the parameters (B, m, p, d) of tokens at+1 .. at+m. A smaller `at` overwrites the cache."""
+
+
+@runtime_checkable
+class ParallelBlock(Protocol):
+    """A block whose both directions take one pass, such as one that splits channels or space. It works in raster order, without a cache.
+
+    A flow looks at the same further attributes as of a `CausalBlock`, except `order`.
+    """
+
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Data x (B, N, d) to noise z (B, N, d), and the exact log-determinant (B,) in nats, at least float32."""
+
+    def inverse(self, z: Tensor, ctx: Context) -> Tensor:
+        """Noise (B, N, d) to data (B, N, d)."""

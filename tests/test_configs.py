@@ -16,10 +16,10 @@ from lightning.pytorch import cli as lightning_cli
 
 from srcflow.cli import encode, main
 from srcflow.cli.parser import Parser
+from srcflow.conditioners.class_table import ClassTable
 from srcflow.couplings.softplus_affine import SoftplusAffine
 from srcflow.datamodules.base import DataModule
 from srcflow.encoders.base import Encoder
-from srcflow.flows.conditioners import ClassTable
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from srcflow import registry
+from srcflow.conditioners.base import Conditioner
+from srcflow.conditioners.class_table import ClassTable
+from srcflow.conditioners.class_token import ClassToken
+from srcflow.conditioners.text_prefix import TextPrefix
 from srcflow.couplings.base import Coupling
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable, ClassToken, Conditioner, TextPrefix
 from srcflow.flows.positions import Learned, Rotary
 from srcflow.guidance.base import Guidance
 from srcflow.guidance.schedules import Schedule

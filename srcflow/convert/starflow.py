@@ -13,6 +13,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from srcflow.conditioners.base import Conditioner
+from srcflow.conditioners.class_token import ClassToken
+from srcflow.conditioners.text_prefix import TextPrefix
 from srcflow.convert.config import Sizes, known
 from srcflow.convert.state import Rule, precision
 from srcflow.convert.trunks import (
@@ -32,7 +35,6 @@ from srcflow.couplings.base import Coupling
 from srcflow.couplings.softplus_affine import SoftplusAffine
 from srcflow.errors import ConfigError
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassToken, Conditioner, TextPrefix
 from srcflow.flows.denoiser import Denoiser
 from srcflow.flows.flow import Flow
 from srcflow.flows.positions import Learned, Positions, Rotary

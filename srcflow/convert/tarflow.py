@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from srcflow.conditioners.class_table import ClassTable
 from srcflow.convert.config import Sizes, known
 from srcflow.convert.state import Rule, precision
 from srcflow.convert.trunks import (
@@ -26,7 +27,6 @@ from srcflow.couplings.additive import Additive
 from srcflow.couplings.affine import Affine
 from srcflow.errors import ConfigError, WeightsError
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable
 from srcflow.flows.flow import Flow
 from srcflow.flows.positions import Learned
 

@@ -9,6 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from srcflow.conditioners.class_table import ClassTable
+from srcflow.conditioners.class_token import ClassToken
+from srcflow.conditioners.text_prefix import TextPrefix
 from srcflow.convert.starflow import starflow_rules
 from srcflow.convert.state import exported
 from srcflow.convert.tarflow import tarflow_rules
@@ -18,7 +21,6 @@ from srcflow.couplings.base import Coupling
 from srcflow.couplings.softplus_affine import SoftplusAffine
 from srcflow.errors import ConfigError, Problems
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable, ClassToken, TextPrefix
 from srcflow.flows.flow import Flow
 from srcflow.flows.positions import Learned, Rotary
 from srcflow.flows.trunk import Trunk

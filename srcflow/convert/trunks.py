@@ -10,11 +10,13 @@ from typing import cast
 
 from torch import Tensor
 
+from srcflow.conditioners.class_table import ClassTable
+from srcflow.conditioners.class_token import ClassToken
+from srcflow.conditioners.text_prefix import TextPrefix
 from srcflow.convert.config import Sizes
 from srcflow.convert.state import Rule, load, rename
 from srcflow.errors import ConfigError, WeightsError
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable, ClassToken, TextPrefix
 from srcflow.flows.flow import Flow
 from srcflow.flows.positions import Learned
 from srcflow.flows.trunk import Layer, Trunk

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from srcflow.conditioners.base import Conditioner
 from srcflow.couplings.base import Coupling
 from srcflow.errors import ConfigError, one_of
-from srcflow.flows.conditioners import Conditioner
 from srcflow.flows.positions import Positions
 from srcflow.flows.trunk import Prepared, Trunk, recomputed
 from srcflow.nn.attention import Cache, without_autocast
@@ -48,7 +48,8 @@ class TransformerBlock(Trunk):
         layers: number of layers.
         positions: learned or rotary positions.
         coupling: the invertible map of a token.
-        conditioner: how the block sees the condition; None for a block that does not.
+        conditioner: how the block sees the condition; several compose, their prefixes in the given order. None for a block that
+            does not.
         start: how the first token gets its parameters: "shift" (it stays as it is) or "sos" (a learned first input).
         order: the order in which the tokens are visited; Flow permutes.
         head_dim: width of an attention head.
@@ -68,7 +69,7 @@ class TransformerBlock(Trunk):
     """
 
     coupling: Coupling
-    place: Tensor
+    anchor: Tensor
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class TransformerBlock(Trunk):
         layers: int,
         positions: Positions,
         coupling: Coupling,
-        conditioner: Conditioner | None = None,
+        conditioner: Conditioner | list[Conditioner] | None = None,
         start: Literal["shift", "sos"] = "sos",
         order: Order = "raster",
         head_dim: int = 64,
@@ -122,7 +123,7 @@ class TransformerBlock(Trunk):
         )
         self.coupling, self.start_kind, self.order, self.identity = coupling, start, order, identity
         self.clip, self.clip_what = clip, clip_what
-        self.register_buffer("place", torch.empty(0), persistent=False)  # where the block is, also without parameters
+        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells the device, also without parameters
         if identity:
             return
         self.sos = nn.Parameter(torch.randn(channels)) if start == "sos" else None
@@ -146,7 +147,7 @@ class TransformerBlock(Trunk):
     def start(self, ctx: Context, batch: int, tokens: int, dtype: torch.dtype) -> tuple[State, Tensor]:
         """A fresh state and the first token's parameters (B, 1, p, d). See `CausalBlock.start`."""
         if self.identity:
-            like = torch.empty(batch, 1, self.channels, dtype=dtype, device=self.place.device)
+            like = torch.empty(batch, 1, self.channels, dtype=dtype, device=self.anchor.device)
             return _Run([], None, tokens), self._zeros(like, 1)
         device = self.proj_in.weight.device
         prepared = self.prepare(ctx, tokens, device, self.order)

@@ -69,7 +69,7 @@ def _checked(sigma: float | Tensor, x: Tensor) -> float | Tensor:
 
 def _usable(condition: Condition) -> Condition:
     """The condition in tensors that autograd may keep, which those made under `inference_mode` are not."""
-    return Condition(*(t.clone() if t is not None and t.is_inference() else t for t in (condition.labels, condition.text, condition.mask)))
+    return condition.map(lambda t: t.clone() if t.is_inference() else t)
 
 
 def _without_weight_cache(x: Tensor) -> AbstractContextManager[None]:

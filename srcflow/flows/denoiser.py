@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from srcflow.flows.conditioners import Conditioner
+from srcflow.conditioners.base import Conditioner
 from srcflow.flows.positions import Positions
 from srcflow.flows.trunk import Trunk, recomputed
 from srcflow.nn.attention import without_autocast
@@ -25,7 +25,7 @@ class Denoiser(Trunk):
         width: width of the transformer.
         positions: learned or rotary positions.
         layers: number of layers.
-        conditioner: how the condition is seen, text in front of the tokens included; None for an unconditional denoiser.
+        conditioner: how the condition is seen, text in front of the tokens included; several compose. None for an unconditional denoiser.
         head_dim: width of an attention head.
         heads: query heads; None means width / head_dim.
         kv_heads: key/value heads; None means heads.
@@ -46,7 +46,7 @@ class Denoiser(Trunk):
         width: int,
         positions: Positions,
         layers: int = 8,
-        conditioner: Conditioner | None = None,
+        conditioner: Conditioner | list[Conditioner] | None = None,
         head_dim: int = 64,
         heads: int | None = None,
         kv_heads: int | None = None,

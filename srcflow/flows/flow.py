@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from srcflow.conditioners.base import Field, merged
+from srcflow.conditioners.base import resolve as resolve_condition
 from srcflow.errors import ConfigError, ShapeError
-from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable, ClassToken, Kind, TextPrefix, resolve
 from srcflow.flows.denoise import tweedie
 from srcflow.flows.denoiser import Denoiser
+from srcflow.flows.inversion import GuidanceWarning, invert
 from srcflow.flows.likelihood import normal_log_prob
 from srcflow.flows.normalization import Normalization
 from srcflow.flows.temperatures import check_temperature
-from srcflow.flows.trunk import Trunk, recomputed
+from srcflow.flows.traits import Block, fields_of, is_parallel, order_of, shape_of
+from srcflow.flows.trunk import recomputed
 from srcflow.guidance.base import Guidance
-from srcflow.guidance.guided import GuidedBlock
 from srcflow.nn.permutation import permute
 from srcflow.registry import Recorded
 from srcflow.solvers.base import Solver
 from srcflow.solvers.sequential import Sequential
-from srcflow.types import BlockOutput, CausalBlock, Condition, Context, FlowOutput, Grid
+from srcflow.types import BlockOutput, CausalBlock, Condition, Context, FlowOutput, Grid, Inversion
 
-
-class GuidanceWarning(UserWarning):
-    """Guidance was asked for but cannot have an effect."""
+__all__ = ["Flow", "GuidanceWarning", "Steps"]
 
 
 class Steps(NamedTuple):
@@ -43,20 +41,24 @@ class Flow(nn.Module, metaclass=Recorded):
     """A normalizing flow over tokens (B, N, d); `forward` goes from data to noise, `inverse` back.
 
     Blocks are listed in the order of `forward`; the last one, on the noise side, is inverted first. `presets` builds the published models.
+    A block is any module that follows `types.CausalBlock` or `types.ParallelBlock` (`srcflow.testing.check_block` tells).
 
     Args:
-        blocks: the causal blocks.
+        blocks: the blocks.
         normalization: an invertible first layer (norm2), or None.
         learn_prior: keep the prior's standard deviation as a running average of the noise's second moments, for volume-preserving flows
             (TARFlow with `nvp=False`); otherwise the prior is standard normal.
         denoiser: a network that predicts the noise in x (STARFlow's learnable denoiser); None for a flow without.
+        channels: width d of a token; None: what the blocks say.
+        grid: (rows, columns) of the tokens; None: what the blocks say.
 
     Attributes:
+        fields: the fields of the condition that the flow reads, by name.
         prior_std: (N, d) standard deviation of the prior, used by `log_prob` and sampling only.
         prior_var: (N, d) the running average itself, whose root is `prior_std`; None without `learn_prior`.
 
     Raises:
-        ConfigError: blocks disagree on channels, grid or the kind of condition.
+        ConfigError: something that is not a block; blocks that disagree on channels, grid or a field of the condition.
     """
 
     prior_std: Tensor
@@ -66,42 +68,33 @@ class Flow(nn.Module, metaclass=Recorded):
 
     def __init__(
         self,
-        blocks: list[TransformerBlock],
+        blocks: Sequence[nn.Module],
         normalization: Normalization | None = None,
         learn_prior: bool = False,
         denoiser: Denoiser | None = None,
+        channels: int | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if not blocks:
             raise ConfigError("flow.blocks", blocks, "a flow has at least one block.")
+        self.channels, self.grid = shape_of(blocks, channels, grid)
         self.blocks = nn.ModuleList(blocks)
         self.normalization = normalization
         self.learn_prior = learn_prior
-        self.channels, self.grid = blocks[0].channels, blocks[0].grid
-        for i, b in enumerate(blocks):
-            if (b.channels, b.grid) != (self.channels, self.grid):
-                raise ConfigError(
-                    f"flow.blocks[{i}]", (b.channels, b.grid), f"channels and grid differ from block 0's {(self.channels, self.grid)}."
-                )
         if normalization is not None and normalization.channels != self.channels:
             raise ConfigError("flow.normalization.channels", normalization.channels, f"the blocks have channels = {self.channels}.")
         if denoiser is not None and (denoiser.channels, denoiser.grid) != (self.channels, self.grid):
             ours = (self.channels, self.grid)
             raise ConfigError("flow.denoiser", (denoiser.channels, denoiser.grid), f"channels and grid differ from the blocks' {ours}.")
         self.self_denoiser = denoiser
-        trunks = self._trunks()
-        kinds = {t.conditioner.kind for t in trunks if t.conditioner is not None}
-        if len(kinds) > 1:
-            raise ConfigError("flow.blocks", sorted(kinds), "blocks read different kinds of condition.")
-        self.kind: Kind | None = next(iter(kinds), None)
-        classes = {t.conditioner.num_classes for t in trunks if isinstance(t.conditioner, ClassTable | ClassToken)}
-        if len(classes) > 1:
-            raise ConfigError("flow.blocks num_classes", sorted(classes), "blocks (and the denoiser) know different numbers of classes.")
+        self.fields: dict[str, Field] = merged(f for part in self._parts() for f in fields_of(part))
         ones = torch.ones(self.grid[0] * self.grid[1], self.channels)
         self.register_buffer("prior_std", ones)
         self.register_buffer("prior_var", ones.clone() if learn_prior else None)
-        self.register_buffer("null_text", None)
-        self.register_buffer("null_mask", None)
+        for name in ("text", "mask", *self._null_names()):
+            if f"null_{name}" not in self._buffers:
+                self.register_buffer(f"null_{name}", None)
 
     @property
     def deep(self) -> int:
@@ -109,49 +102,61 @@ class Flow(nn.Module, metaclass=Recorded):
         return len(self.blocks) - 1
 
     @property
-    def shape(self) -> tuple[int, Grid, tuple[str, ...]]:
-        """Channels, grid and the order of every block: what two flows must share to be each other's negative."""
-        return self.channels, self.grid, tuple(b.order for b in self._blocks())
-
-    @property
     def num_classes(self) -> int:
-        """Number of classes the flow is conditioned on; 0 if it is not."""
-        return next((t.conditioner.num_classes for t in self._trunks() if isinstance(t.conditioner, ClassTable | ClassToken)), 0)
+        """Number of classes that `labels` name; 0 for a flow that reads none."""
+        return self.fields["labels"].size if "labels" in self.fields else 0
 
-    def set_null(self, text: Tensor, mask: Tensor | None = None) -> None:
-        """Set the null text (L, T) and its mask (L,): used for label -1, for condition=None and as the default negative.
+    def set_null(self, text: Tensor | None = None, mask: Tensor | None = None, **fields: Tensor) -> None:
+        """Set null values: used for rows that are dropped, for condition=None and as the default negative.
+
+        Args:
+            text: (L, T) null text.
+            mask: (L,) bool, its mask.
+            fields: null values of other fields: (size,) for a dense one, (L, size) for a sequence.
 
         Raises:
-            ConfigError: the flow is not conditioned on text.
+            ConfigError: the flow reads no such field, or its null is fixed (-1 for an index).
+            ShapeError: a value that does not fit the field.
         """
-        if self.kind != "text":
-            raise ConfigError("set_null", self.kind, "only flows conditioned on text have a null text.")
-        if text.ndim != 2 or (mask is not None and mask.shape != text.shape[:1]):
-            raise ShapeError(
-                f"the null text is (L, T) with a mask (L,), not {tuple(text.shape)} and {None if mask is None else tuple(mask.shape)}."
-            )
-        wanted = next(t.conditioner.text_dim for t in self._trunks() if isinstance(t.conditioner, TextPrefix))
-        if text.shape[1] != wanted:
-            raise ShapeError(f"the null text has features of width {text.shape[1]}, the model takes text_dim = {wanted}.")
-        device = self.prior_std.device
-        self.null_text = text.detach().clone().to(device)
-        self.null_mask = None if mask is None else mask.detach().clone().to(device)
+        given = {k: v for k, v in {"text": text, "mask": mask, **fields}.items() if v is not None}
+        known = self._null_names()
+        for name, value in given.items():
+            if name not in known:
+                cure = f"Fields with a null to set: {', '.join(known)}." if known else "Only flows on text, or on dense fields, have one."
+                raise ConfigError("set_null", name, "this flow has no null value of this name.", cure)
+            field = next(f for f in self.fields.values() if name in (f.name, f.mask))
+            wanted = f"({field.size},)" if field.kind == "dense" else f"(L, {field.size})" if name == field.name else "(L,)"
+            fits = {"dense": value.shape == (field.size,), "sequence": value.ndim == 2 and value.shape[1:] == (field.size,)}[field.kind]
+            if name == field.mask:
+                owner = given.get(field.name)
+                fits = value.ndim == 1 and owner is not None and owner.shape[:1] == value.shape
+            if not fits:
+                raise ShapeError(f"the null {name} is {wanted}, not {tuple(value.shape)}.")
+        for name, value in given.items():
+            setattr(self, f"null_{name}", value.detach().clone().to(self.prior_std.device))
+        for f in self.fields.values():
+            if f.name in given and f.mask is not None and f.mask not in given:
+                setattr(self, f"null_{f.mask}", None)
+
+    def _null_names(self) -> list[str]:
+        """Fields whose null value the flow keeps, and their masks."""
+        return [n for f in self.fields.values() if f.kind != "index" for n in (f.name, f.mask) if n is not None]
 
     def prepare_state(self, state: Mapping[str, Tensor]) -> None:
-        """Make room for what only some state dicts hold: the null text, and the prior's variance. Called before one is loaded."""
-        for name in ("null_text", "null_mask", *(["prior_var"] if self.learn_prior else [])):
+        """Make room for what only some state dicts hold: null values, and the prior's variance. Called before one is loaded."""
+        nulls = [name for name in self._buffers if name.startswith("null_")]
+        for name in (*nulls, *(["prior_var"] if self.learn_prior else [])):
             setattr(self, name, torch.empty_like(state[name], device=self.prior_std.device) if name in state else None)
 
     def resolve(self, condition: Condition | None, batch: int) -> Condition | None:
         """The condition with every null filled in, for `batch` rows; None for an unconditional flow.
 
         Raises:
-            ConfigError: the condition is not of the flow's kind, or a null text is needed and not set.
-            ShapeError: its number of rows is not `batch`.
+            ConfigError: a field that the flow does not read, labels out of range, or a null text that is needed and not set.
+            ShapeError: a field that does not fit, or not `batch` rows.
         """
-        device = self.prior_std.device
-        null = None if self.null_text is None else (self.null_text, self.null_mask)
-        return resolve(condition, batch, kind=self.kind, num_classes=self.num_classes, null=null, device=device)
+        nulls = {n: v for n in self._null_names() if (v := self._buffers[f"null_{n}"]) is not None}
+        return resolve_condition(condition, batch, fields=self.fields, nulls=nulls, device=self.prior_std.device)
 
     def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer alone: y (B, N, d) and its log-determinant (B,)."""
@@ -198,25 +203,66 @@ class Flow(nn.Module, metaclass=Recorded):
     def class_log_probs(self, x: Tensor, *, grid: Grid | None = None) -> Tensor:
         """Log-densities (B, classes) of data x (B, N, d) under every class, in nats; blocks that see no class are run once.
 
+        Further fields of the condition, if the flow reads any, are null.
+
         Raises:
             ConfigError: the flow is not conditioned on classes.
         """
-        if self.kind != "labels":
-            raise ConfigError("flow", self.kind or "unconditional", "only a class-conditional flow has densities per class.")
+        if "labels" not in self.fields:
+            what = ", ".join(self.fields) or "unconditional"
+            raise ConfigError("flow", what, "only a class-conditional flow has densities per class.")
         ctx = self._context(x, None, grid, 1.0)
         y, logdet = self.normalize(x)
-        blocks = self._blocks()
-        first = next((i for i, b in enumerate(blocks) if b.conditioned), len(blocks))
-        for o in self._blocks_forward(y, ctx, blocks[:first]):
+        blocks = list(self.blocks)
+        first = next((i for i, b in enumerate(blocks) if any(f.name == "labels" for f in fields_of(b))), len(blocks))
+        for o in self._blocks_forward(y, ctx, range(first)):
             y, logdet = o.z, logdet + o.logdet.flatten(1).sum(1)
         columns = []
         for label in range(self.num_classes):
             labels = torch.full((x.shape[0],), label, device=x.device)
+            condition = Condition(**{**({} if ctx.condition is None else ctx.condition.fields), "labels": labels})
             z, total = y, logdet
-            for o in self._blocks_forward(y, ctx.replace(condition=Condition(labels=labels)), blocks[first:]):
+            for o in self._blocks_forward(y, ctx.replace(condition=condition), range(first, len(blocks))):
                 z, total = o.z, total + o.logdet.flatten(1).sum(1)
             columns.append(normal_log_prob(z, self._prior(z.shape[1])) + total)
         return torch.stack(columns, dim=1)
+
+    @torch.no_grad()
+    def solve(
+        self,
+        z: Tensor,
+        condition: Condition | None = None,
+        *,
+        grid: Grid | None = None,
+        guidance: Guidance | None = None,
+        solver: Solver | None = None,
+        temperature: float = 1.0,
+        attention_temperature: float | Tensor = 1.0,
+    ) -> Inversion:
+        """Noise to data, and how each block was inverted.
+
+        Args:
+            z: (B, N, d) noise in raster order. For a learned prior multiply standard normal noise by `prior_std` first.
+            condition: labels or text; None means the null condition.
+            grid: (rows, columns) of the tokens; None means the grid the flow was built for.
+            guidance: how to move away from a negative stream.
+            solver: how a block is inverted; None means `Sequential()`. Blocks that are the identity, and parallel blocks, need none.
+            temperature: multiplies z.
+            attention_temperature: divides the attention logits in every block and stream; a number or (B,).
+
+        Returns:
+            data x (B, N, d) and a `Solution` per block in the block's own order, noise-side block first; the normalisation is undone in x
+            alone. A block that needs no solver has 0 iterations (the identity) or 1 (parallel).
+
+        Raises:
+            ConfigError: guidance or solver that does not fit the flow; a temperature that is not positive and finite.
+            ShapeError: z does not fit the channels or the grid.
+        """
+        for key, value in (("temperature", temperature), ("attention_temperature", attention_temperature)):
+            check_temperature(key, value)
+        ctx = self._context(z, condition, grid, attention_temperature)
+        x, solutions = invert(self, z * temperature, ctx, guidance, Sequential() if solver is None else solver)
+        return Inversion(x if self.normalization is None else self.normalization.inverse(x), solutions)
 
     @torch.no_grad()
     def inverse(
@@ -230,24 +276,8 @@ class Flow(nn.Module, metaclass=Recorded):
         temperature: float = 1.0,
         attention_temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """Noise to data.
-
-        Args:
-            z: (B, N, d) noise in raster order. For a learned prior multiply standard normal noise by `prior_std` first.
-            condition: labels or text; None means the null condition.
-            grid: (rows, columns) of the tokens; None means the grid the flow was built for.
-            guidance: how to move away from a negative stream.
-            solver: how a block is inverted; None means `Sequential()`.
-            temperature: multiplies z.
-            attention_temperature: divides the attention logits in every block and stream; a number or (B,).
-
-        Returns:
-            (B, N, d) data.
-
-        Raises:
-            ConfigError: a temperature is not positive and finite.
-        """
-        last = self.blocks_inverse(
+        """Noise to data (B, N, d): `solve(...).x`, whose arguments it takes."""
+        return self.solve(
             z,
             condition,
             grid=grid,
@@ -255,8 +285,7 @@ class Flow(nn.Module, metaclass=Recorded):
             solver=solver,
             temperature=temperature,
             attention_temperature=attention_temperature,
-        )[-1]
-        return last if self.normalization is None else self.normalization.inverse(last)
+        ).x
 
     @torch.no_grad()
     def blocks_inverse(
@@ -272,27 +301,18 @@ class Flow(nn.Module, metaclass=Recorded):
     ) -> list[Tensor]:
         """What each block's inversion gives, (B, N, d) in raster order, noise-side block first; before the normalisation is undone.
 
-        Arguments as `inverse`, and errors.
+        Arguments as `solve`.
         """
-        for key, value in (("temperature", temperature), ("attention_temperature", attention_temperature)):
-            check_temperature(key, value)
-        ctx = self._context(z, condition, grid, attention_temperature)
-        solver = Sequential() if solver is None else solver
-        guided = self._guided_blocks(guidance)
-        negative = self._negative(guidance, z.shape[0]) if guidance is not None and guided else None
-        x, outputs = z * temperature, []
-        for k in reversed(range(len(self.blocks))):
-            block: CausalBlock = self._blocks()[k]
-            order = self._blocks()[k].order
-            if guidance is not None and k in guided:
-                other = guidance.negative.flow
-                negative_block = other._blocks()[k] if isinstance(other, Flow) else None
-                block = GuidedBlock(block, guidance, negative_block=negative_block, negative_condition=negative)
-            with torch.compiler.set_stance("force_eager"):  # a compiled layer would be compiled anew for every token
-                u = solver(block, permute(x, order), ctx).u
-            x = permute(u, order)
-            outputs.append(x)
-        return outputs
+        solutions = self.solve(
+            z,
+            condition,
+            grid=grid,
+            guidance=guidance,
+            solver=solver,
+            temperature=temperature,
+            attention_temperature=attention_temperature,
+        ).solutions
+        return [permute(s.u, order_of(b)) for s, b in zip(solutions, reversed(list(self.blocks)), strict=True)]
 
     def denoise(self, x: Tensor, sigma: float | Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> Tensor:
         """One-step score denoising of x (B, N, d); see `flows.denoise.tweedie`."""
@@ -311,7 +331,8 @@ class Flow(nn.Module, metaclass=Recorded):
         """
         if self.self_denoiser is None:
             raise ConfigError("flow.denoiser", None, "this flow has no learnable denoiser.", "Use Flow.denoise (the score), or train one.")
-        ctx = self._context(x, condition if self.self_denoiser.conditioned else None, grid, 1.0, resolve=self.self_denoiser.conditioned)
+        seen = bool(fields_of(self.self_denoiser))
+        ctx = self._context(x, condition if seen else None, grid, 1.0, resolve=seen)
         return self.self_denoiser(x, ctx)  # type: ignore[no-any-return]  # torch is untyped here
 
     @torch.no_grad()
@@ -351,30 +372,38 @@ class Flow(nn.Module, metaclass=Recorded):
             heads: the float32 values inside heads and couplings. They are recomputed by default: it costs next to nothing, and keeps the
                 layers' outputs (in autocast's type) and the couplings' inputs alone.
         """
-        for b in self._trunks():
-            b.checkpoint_every, b.recompute_head = every, heads
+        for part in self._parts():
+            if hasattr(part, "recompute"):
+                part.recompute(every, heads)
 
     def compile_layers(self) -> None:
-        """torch.compile each transformer layer; parameter names stay as they are."""
-        for b in self._trunks():
-            if b.layer_count:
-                for layer in b.layers:
-                    layer.compile()
+        """torch.compile each layer of the blocks that can do so; parameter names stay as they are."""
+        for part in self._parts():
+            if hasattr(part, "compile_layers"):
+                part.compile_layers()
 
-    def _blocks(self) -> list[TransformerBlock]:
-        return list(self.blocks)  # type: ignore[arg-type]  # only TransformerBlocks are put in
+    def block(self, k: int) -> Block:
+        """Block k; 0 is the data side."""
+        return self.blocks[k]  # type: ignore[return-value]  # the constructor takes nothing else
 
-    def _trunks(self) -> list[Trunk]:
-        return [*self._blocks(), *([] if self.self_denoiser is None else [self.self_denoiser])]
+    def _parts(self) -> list[Any]:
+        return [*self.blocks, *([] if self.self_denoiser is None else [self.self_denoiser])]
 
-    def _blocks_forward(self, x: Tensor, ctx: Context, blocks: list[TransformerBlock] | None = None) -> list[BlockOutput]:
+    def _blocks_forward(self, x: Tensor, ctx: Context, which: range | None = None) -> list[BlockOutput]:
         outputs = []
-        for block in self._blocks() if blocks is None else blocks:
-            u = permute(x, block.order)
-            params = block.params(u, ctx)
-            forward = block.coupling.forward
-            z, logdet = recomputed(forward, u, params) if block.recompute_head else forward(u, params)
-            x = permute(z, block.order)
+        for k in range(len(self.blocks)) if which is None else which:
+            block, here = self.block(k), ctx.replace(block=k, blocks=len(self.blocks))
+            if is_parallel(block):
+                x, logdet = block.forward(x, here)
+                outputs.append(BlockOutput(x, None, logdet[:, None, None]))
+                continue
+            causal: CausalBlock = block  # type: ignore[assignment]  # the constructor takes nothing else
+            order = order_of(block)
+            u = permute(x, order)
+            params = causal.params(u, here)
+            forward = causal.coupling.forward
+            z, logdet = recomputed(forward, u, params) if getattr(block, "recompute_head", True) else forward(u, params)
+            x = permute(z, order)
             outputs.append(BlockOutput(x, params, logdet))
         return outputs
 
@@ -396,43 +425,3 @@ class Flow(nn.Module, metaclass=Recorded):
         if tokens != self.prior_std.shape[0]:
             raise ShapeError(f"the learned prior has {self.prior_std.shape[0]} tokens, the data {tokens}.")
         return self.prior_std
-
-    def _guided_blocks(self, guidance: Guidance | None) -> set[int]:
-        if guidance is None or guidance.strength.is_zero:
-            return set()
-        negative = guidance.negative
-        other = negative.flow
-        if other is not None and not (isinstance(other, Flow) and other.shape == self.shape):
-            raise ConfigError(
-                "guidance.negative.flow", type(other).__name__, "is not a Flow with the same blocks, orders, channels and grid."
-            )
-        blocks = self._blocks()
-        if guidance.blocks == "all":
-            against = blocks if other is None else other._blocks()
-            chosen = {i for i, (b, o) in enumerate(zip(blocks, against, strict=True)) if not (b.identity and o.identity)}
-        elif guidance.blocks == "deep":
-            chosen = {self.deep}
-        else:
-            chosen = {i for i, b in enumerate(blocks) if b.conditioned}
-        if other is None and negative.attention_temperature == 1.0:
-            effective = {i for i in chosen if blocks[i].conditioned}  # elsewhere both streams are the same
-        else:
-            effective = chosen
-        if not effective:
-            why = "no block sees a condition" if self.kind is None else "the blocks it names see no condition"
-            warnings.warn(
-                f"{guidance!r} has no effect: {why} and the negative stream differs in nothing else. "
-                'Give negative an attention_temperature or a flow, or name other blocks ("all", "deep").',
-                GuidanceWarning,
-                stacklevel=3,
-            )
-        return effective
-
-    def _negative(self, guidance: Guidance | None, batch: int) -> Condition | None:
-        if guidance is None:
-            return None
-        flow = guidance.negative.flow if isinstance(guidance.negative.flow, Flow) else self
-        condition = guidance.negative.condition
-        if condition is not None and len(condition) == 1 and batch != 1:
-            condition = condition.index(torch.zeros(batch, dtype=torch.long))
-        return flow.resolve(condition, batch)

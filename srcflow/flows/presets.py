@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+from srcflow.conditioners.base import Conditioner
+from srcflow.conditioners.class_table import ClassTable
+from srcflow.conditioners.class_token import ClassToken
+from srcflow.conditioners.text_prefix import TextPrefix
 from srcflow.couplings.additive import Additive
 from srcflow.couplings.affine import Affine
 from srcflow.couplings.base import Coupling
 from srcflow.couplings.softplus_affine import SoftplusAffine
 from srcflow.errors import ConfigError, one_of
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable, ClassToken, Conditioner, TextPrefix
 from srcflow.flows.denoiser import Denoiser
 from srcflow.flows.flow import Flow
 from srcflow.flows.normalization import ChannelNormalization, Normalization, Whitening

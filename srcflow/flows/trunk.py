@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from srcflow.conditioners.base import Conditioner, Field, joined
 from srcflow.errors import ConfigError, ShapeError, one_of
-from srcflow.flows.conditioners import Conditioner
 from srcflow.flows.positions import Positions
 from srcflow.nn.attention import Attention, Cache
 from srcflow.nn.mlp import MLP, GatedMLP, MLPName
@@ -95,7 +95,7 @@ class Trunk(nn.Module, metaclass=Recorded):
         width: width of the transformer.
         layers: number of layers.
         positions: learned or rotary positions.
-        conditioner: how the condition is seen; None for a trunk that does not see it.
+        conditioner: how the condition is seen; several compose, and None is for a trunk that does not see it.
         head_dim: width of an attention head.
         heads: query heads; None means width / head_dim.
         kv_heads: key/value heads; None means heads.
@@ -117,7 +117,7 @@ class Trunk(nn.Module, metaclass=Recorded):
         width: int,
         layers: int,
         positions: Positions,
-        conditioner: Conditioner | None,
+        conditioner: Conditioner | list[Conditioner] | None,
         head_dim: int,
         heads: int | None,
         kv_heads: int | None,
@@ -145,7 +145,7 @@ class Trunk(nn.Module, metaclass=Recorded):
         self.checkpoint_every = 0
         self.recompute_head = True
         self.positions: Positions | None = None if empty else positions
-        self.conditioner: Conditioner | None = None if empty else conditioner
+        self.conditioner: Conditioner | None = None if empty else joined(conditioner)
         if empty:
             return
         self.proj_in = nn.Linear(channels, width)
@@ -155,9 +155,24 @@ class Trunk(nn.Module, metaclass=Recorded):
         self.final_norm = RMSNorm(width) if final_norm else nn.Identity()
 
     @property
+    def fields(self) -> tuple[Field, ...]:
+        """The fields of the condition that it reads."""
+        return () if self.conditioner is None else self.conditioner.fields
+
+    @property
     def conditioned(self) -> bool:
         """Whether it sees the condition."""
-        return self.conditioner is not None
+        return bool(self.fields)
+
+    def recompute(self, every: int, heads: bool) -> None:
+        """Choose what the backward pass computes again; see `Flow.set_checkpointing`."""
+        self.checkpoint_every, self.recompute_head = every, heads
+
+    def compile_layers(self) -> None:
+        """torch.compile each layer; parameter names stay as they are."""
+        if self.layer_count:
+            for layer in self.layers:
+                layer.compile()
 
     def prepare(self, ctx: Context, tokens: int, device: torch.device, order: Order = "raster") -> Prepared:
         """What `tokens` tokens under `ctx` need besides themselves.

@@ -10,7 +10,7 @@ from torch import Tensor
 from srcflow.couplings.affine import Affine
 from srcflow.errors import ConfigError
 from srcflow.guidance.base import Guidance
-from srcflow.types import AffineParams, CausalBlock, Condition, Context, State
+from srcflow.types import NULL_LABEL, AffineParams, CausalBlock, Condition, Context, State
 
 
 @dataclass
@@ -106,38 +106,30 @@ class GuidedBlock:
         return torch.stack([guided.log_scale, guided.shift], dim=-2)
 
     def _negative_context(self, ctx: Context, batch: int) -> Context:
-        if self.negative_block is not self.block and not getattr(self.negative_block, "conditioned", True):
-            own = self.guidance.negative.attention_temperature
-            return ctx.replace(condition=None, attention_temperature=ctx.attention_temperature * own)
-        condition = self.negative_condition
-        if condition is None and ctx.condition is not None:
-            if ctx.condition.text is not None:
-                raise ConfigError(
-                    "guidance.negative",
-                    None,
-                    "a block on its own does not know the null text.",
-                    "Use Flow.inverse, or give Negative(condition=...).",
-                )
-            if ctx.condition.labels is not None:
-                condition = Condition(labels=torch.full_like(ctx.condition.labels, -1))
         own = self.guidance.negative.attention_temperature
-        return ctx.replace(condition=condition, attention_temperature=ctx.attention_temperature * own)
+        warm = ctx.replace(attention_temperature=ctx.attention_temperature * own)
+        if self.negative_block is not self.block and not getattr(self.negative_block, "fields", True):
+            return warm.replace(condition=None)  # it reads no condition
+        condition = self.negative_condition
+        if condition is None and ctx.condition is not None and ctx.condition.fields:
+            labels = {name: torch.full_like(t, NULL_LABEL) for name, t in ctx.condition.fields.items() if _is_index(t)}
+            if unknown := [name for name in ctx.condition.fields if name not in labels]:
+                why = f"a block on its own does not know the null {unknown[0]}."
+                raise ConfigError("guidance.negative", None, why, "Use Flow.inverse, or give Negative(condition=...).")
+            condition = Condition(**labels)
+        return warm.replace(condition=condition)
 
     def _joint_context(self, ctx: Context, batch: int) -> Context | None:
         """Both streams as one context of 2B rows, or None if they differ in a way that forbids it."""
         if self.negative_block is not self.block:
             return None
         negative = self._negative_context(ctx, batch)
-        a, b = ctx.condition, negative.condition
         joined: Condition | None = None
-        if a is not None or b is not None:
-            a, b = a or Condition(), b or Condition()
-            fields = []
-            for x, y in ((a.labels, b.labels), (a.text, b.text), (a.mask, b.mask)):
-                if (x is None) != (y is None) or (x is not None and y is not None and x.shape != y.shape):
-                    return None
-                fields.append(torch.cat([x, y]) if x is not None and y is not None else None)
-            joined = Condition(*fields)
+        if ctx.condition is not None or negative.condition is not None:
+            a, b = ctx.condition or Condition(), negative.condition or Condition()
+            if not a.joins(b):
+                return None
+            joined = a.cat(b)
         t, tn = ctx.attention_temperature, negative.attention_temperature
         if isinstance(t, Tensor) and isinstance(tn, Tensor):
             temperature: float | Tensor = torch.cat([t, tn])
@@ -146,6 +138,11 @@ class GuidedBlock:
         else:
             temperature = torch.tensor([float(t)] * batch + [float(tn)] * batch, dtype=torch.float64)
         return ctx.replace(condition=joined, attention_temperature=temperature)
+
+
+def _is_index(value: Tensor) -> bool:
+    """Whether a field of a condition holds class ids, whose null is -1."""
+    return value.ndim == 1 and not value.is_floating_point() and value.dtype != torch.bool
 
 
 def _progress(tokens: int, like: Tensor) -> Tensor:

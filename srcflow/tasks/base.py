@@ -402,6 +402,7 @@ class Task(L.LightningModule):
         """
         if checkpoint.get("state_dict") and not examination.is_sharded(self):  # which has loaded the state by now
             refuse_foreign(self, checkpoint, getattr(self._trainer, "ckpt_path", None) or "the checkpoint")
+        resume.settle(checkpoint)
         self._evaluated = "ema" if RAW_STATE in checkpoint else "raw"
         fitting = self._trainer is not None and self._trainer.state.fn == "fit"
         if fitting and RAW_STATE in checkpoint and self.ema is None:

@@ -271,7 +271,7 @@ class FlowTask(Task):
 
     def condition(self, batch: Batch, *, dropout: bool) -> Condition | None:
         """The condition of a batch, with labels dropped at random in training."""
-        if self.flow.kind != "labels":
+        if "labels" not in self.flow.fields:
             return None
         labels = batch["labels"]
         if dropout and self.label_dropout > 0:
@@ -379,7 +379,7 @@ class FlowTask(Task):
         """
         with gathered(self.flow), counted_by_caller(), self.trainer.precision_plugin.forward_context():
             condition: int | Condition = labels if isinstance(labels, int) else Condition(labels=labels)
-            if not isinstance(condition, int) and self.flow.kind != "labels":
+            if not isinstance(condition, int) and "labels" not in self.flow.fields:
                 condition = len(condition)
             return self.pipeline.sample(
                 condition,

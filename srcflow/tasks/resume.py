@@ -22,6 +22,27 @@ def number_steps(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
+def settle(checkpoint: dict[str, Any]) -> None:
+    """Bring the counters of a checkpoint that was written at the end of an epoch to where they are after the epoch's last batch.
+
+    Lightning ends such an epoch once more when it resumes: it counts it twice, and gives the loaders the number of the epoch after the
+    next, so that a whole epoch of data would be left out.
+
+    Args:
+        checkpoint: what was read; its `loops` are changed in place.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return
+    epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    if not (epoch["total"]["processed"] == epoch["total"]["started"] == epoch["total"]["completed"] + 1):
+        return
+    whole = batch["total"]["completed"] == batch["total"]["processed"]
+    for span in ("total", "current"):
+        epoch[span]["processed"] -= 1
+        batch[span]["completed"] -= whole
+
+
 def rewind(trainer: L.Trainer, checkpoint: dict[str, Any]) -> int:
     """Bring the counters and loaders of a checkpoint back to the last optimizer step.
 

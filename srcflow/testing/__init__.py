@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from srcflow.testing.blocks import ReferenceBlock, check_block
 from srcflow.testing.compressors import check_compressor
+from srcflow.testing.conditioners import check_conditioner
 from srcflow.testing.couplings import check_coupling
 from srcflow.testing.encoders import check_encoder
 from srcflow.testing.guidance import check_guidance
@@ -24,6 +25,7 @@ __all__ = [
     "ReferenceBlock",
     "check_block",
     "check_compressor",
+    "check_conditioner",
     "check_coupling",
     "check_encoder",
     "check_guidance",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from srcflow.conditioners.base import Field
 from srcflow.couplings.affine import Affine
 from srcflow.couplings.base import Coupling
 from srcflow.testing.expect import close, device_of, differ, finite, normal, require
 from srcflow.testing.perturbation import perturb
-from srcflow.types import CausalBlock, Condition, Context, State
+from srcflow.types import CausalBlock, Condition, Context, ParallelBlock, State
 
 
 @dataclass
@@ -39,7 +41,8 @@ class ReferenceBlock(nn.Module):
     def __init__(self, coupling: Coupling | None = None, *, dim: int = 3, width: int = 8, classes: int = 5, seed: int = 0) -> None:
         super().__init__()
         self.coupling: Coupling = coupling if coupling is not None else Affine()
-        self.width = width
+        self.channels, self.width = dim, width
+        self.fields = (Field("labels", "index", classes),)
         self.embed = nn.Linear(dim, width)
         self.classes = nn.Embedding(classes + 1, width)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
@@ -99,11 +102,14 @@ def check_block(
     grid: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> None:
-    """Check everything that `CausalBlock` promises: causality, and that `start` and `extend` give the parameters that `params` gives,
-    whether tokens are fed one by one, in runs, or again.
+    """Check everything that `CausalBlock` or `ParallelBlock` promises, whichever the block follows.
+
+    Of a causal block: causality, and that `start` and `extend` give the parameters that `params` gives, whether tokens are fed one by one,
+    in runs, or again. Of a parallel one: that `inverse` undoes `forward`, the log-determinant against autograd, and that rows are
+    independent.
 
     Args:
-        block: a module that follows the protocol; a perturbed float64 copy of it is tried.
+        block: a module that follows one of the protocols; a perturbed float64 copy of it is tried.
         shape: (B, N, d) of the trial tokens; N at least 4.
         condition: of the trial, B rows.
         grid: of the trial tokens.
@@ -112,7 +118,14 @@ def check_block(
     Raises:
         AssertionError: what is broken, and by how much.
     """
-    require(isinstance(block, CausalBlock), block, "lacks one of coupling, params, start and extend.")
+    if isinstance(block, ParallelBlock) and not isinstance(block, CausalBlock):
+        _check_parallel(block, shape, Context(condition, grid), seed)
+        return
+    require(
+        isinstance(block, CausalBlock),
+        block,
+        "lacks one of coupling, params, start and extend (or, if it is parallel, of forward and inverse).",
+    )
     trial = trial_block(block, torch.float64, seed)
     if not isinstance(trial, CausalBlock):  # for the type checker: a copy has what the original has
         return
@@ -159,3 +172,27 @@ def check_block(
             block,
             "extend after a wrong guess was overwritten, and params",
         )
+
+
+def _check_parallel(block: nn.Module, shape: tuple[int, int, int], ctx: Context, seed: int) -> None:
+    trial: Any = trial_block(block, torch.float64, seed)
+    x = normal(*shape, seed=seed + 1).to(device_of(block))
+    with torch.no_grad():
+        z, logdet = trial.forward(x, ctx)
+        require(z.shape == x.shape, block, f"forward gives shape {tuple(z.shape)}, expected {tuple(x.shape)}.")
+        require(tuple(logdet.shape) == shape[:1], block, f"the log-determinant has shape {tuple(logdet.shape)}, expected {shape[:1]}.")
+        require(logdet.dtype == torch.float64, block, f"the log-determinant of float64 tokens is {logdet.dtype}.")
+        finite(z, block, "forward")
+        differ(z, x, block, "a perturbed block changes nothing.")
+        close(trial.inverse(z, ctx), x, 1e-8, block, "inverse of forward, and the tokens")
+        other = x.clone()
+        other[0] += 1.0
+        close(trial.forward(other, ctx)[0][1:], z[1:], 1e-12, block, "rows are not independent: the others before and after one changed")
+    first = ctx if ctx.condition is None else ctx.replace(condition=ctx.condition.index(slice(0, 1)))
+
+    def flat(v: Tensor) -> Tensor:
+        out: Tensor = trial.forward(v.reshape(1, *shape[1:]), first)[0]
+        return out.reshape(-1)
+
+    jacobian = torch.autograd.functional.jacobian(flat, x[:1].reshape(-1))  # type: ignore[no-untyped-call]  # torch is untyped here
+    close(logdet[:1], torch.linalg.slogdet(jacobian).logabsdet.reshape(1), 1e-8, block, "the log-determinant and autograd's")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from srcflow.guidance.base import Guidance, Negative
+from srcflow.guidance.guided import GuidedBlock
 from srcflow.guidance.linear import Linear
 from srcflow.guidance.schedules import Annealed
 from srcflow.solvers.base import Solver
@@ -26,8 +27,8 @@ def check_solver(
     condition: Condition | None = _DEFAULT,
     negative: Condition | None = _DEFAULT,
     grid: tuple[int, int] | None = None,
-    tolerance64: float = 1e-10,
-    tolerance32: float = 1e-4,
+    tolerance64: float | None = None,
+    tolerance32: float | None = None,
     seed: int = 0,
 ) -> None:
     """Check everything that `Solver` promises: it inverts a block, guided as well, leaves no state behind, and keeps rows apart.
@@ -39,14 +40,17 @@ def check_solver(
         condition: of the trial, B rows; labels 0 .. B-1 by default. None for an unconditional block.
         negative: a negative condition, B rows, for one of the guided trials; labels B-1 .. 0 by default. None leaves that trial out.
         grid: of the trial tokens.
-        tolerance64: largest error in float64, relative to max(1, largest value).
-        tolerance32: largest error in float32.
+        tolerance64: largest error in float64, relative to max(1, largest value); None: the solver's own `tolerance`, or 1e-10.
+        tolerance32: largest error in float32; None: the solver's own `tolerance`, or 1e-4.
         seed: of the trial tokens and of the perturbation.
 
     Raises:
         AssertionError: what is broken, and by how much.
     """
     check_specification(solver, Solver)
+    own = solver.tolerance
+    tolerance64 = tolerance64 if tolerance64 is not None else 1e-10 if own is None else own
+    tolerance32 = tolerance32 if tolerance32 is not None else 1e-4 if own is None else max(own, 1e-4)
     batch = shape[0]
     block = block if block is not None else ReferenceBlock(dim=shape[2], classes=max(5, batch))
     device = device_of(block)
@@ -146,7 +150,7 @@ def _attributes(solver: Solver, block: CausalBlock) -> dict[str, tuple[int, int]
 def _guided(solver: Solver, block: CausalBlock, z: Tensor, ctx: Context, negative: Condition | None, tolerance: float) -> None:
     plain = solver(block, z, ctx).u
     off = Linear(0.0, negative=Negative(attention_temperature=1.3))
-    close(solver(block, z, ctx, off).u, plain, 0.0, solver, "guidance of strength 0 and no guidance")
+    close(solver(GuidedBlock(block, off), z, ctx).u, plain, tolerance, solver, "guidance of strength 0 and no guidance")
     trials: list[tuple[str, Guidance]] = []
     if ctx.condition is None or ctx.condition.labels is not None:  # the null text is known to a Flow, not to a block
         trials.append(("attention temperature", Linear(0.7, negative=Negative(attention_temperature=1.3))))
@@ -158,7 +162,7 @@ def _guided(solver: Solver, block: CausalBlock, z: Tensor, ctx: Context, negativ
         both = Negative(condition=negative, attention_temperature=1.3)
         trials.append(("negative condition and temperature", Linear(0.7, negative=both)))
     for what, rule in trials:
-        guided = solver(block, z, ctx, rule).u
+        guided = solver(GuidedBlock(block, rule), z, ctx).u
         differ(guided, plain, solver, f"guidance by {what} changes nothing.")
         close(guided, _naive(block, z, ctx, rule), tolerance, solver, f"guidance by {what}: u and the token-by-token reference")
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from srcflow import artifacts, convert
+from srcflow.conditioners.class_token import ClassToken
 from srcflow.couplings.additive import Additive
 from srcflow.errors import ConfigError, ProblemsError, SrcflowError, WeightsError
 from srcflow.flows import presets
-from srcflow.flows.conditioners import ClassToken
 from srcflow.flows.flow import Flow, GuidanceWarning
 from srcflow.guidance.base import Negative
 from srcflow.guidance.gaussian import Gaussian

@@ -22,11 +22,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from srcflow.conditioners.base import Conditioner
+from srcflow.conditioners.class_table import ClassTable
+from srcflow.conditioners.class_token import ClassToken
+from srcflow.conditioners.text_prefix import TextPrefix
 from srcflow.couplings.additive import Additive
 from srcflow.couplings.affine import Affine
 from srcflow.couplings.softplus_affine import SoftplusAffine
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable, ClassToken, Conditioner, TextPrefix
 from srcflow.flows.denoiser import Denoiser
 from srcflow.flows.flow import Flow, GuidanceWarning
 from srcflow.flows.normalization import ChannelNormalization, Whitening
@@ -39,6 +42,7 @@ from srcflow.guidance.schedules import Annealed, Interval
 from srcflow.nn.attention import Attention, Cache
 from srcflow.nn.permutation import permute
 from srcflow.registry import build, spec_of
+from srcflow.solvers.base import Solver
 from srcflow.testing import perturb
 from srcflow.testing.expect import distance, finite, normal
 from srcflow.types import CausalBlock, Condition, Context, Grid, Solution
@@ -101,7 +105,7 @@ class Trial:
             norm.fit(normal(self.channels, seed=self.seed + 1), root @ root.T)
         if self.learn_prior:
             flow.update_prior(normal(5, self.grid[0] * self.grid[1], self.channels, seed=self.seed + 2), rate=0.5)
-        if flow.kind == "text":
+        if "text" in flow.fields:
             length, kept = self.null_lengths
             flow.set_null(normal(length, TEXT_DIM, seed=self.seed + 3), None if kept is None else torch.arange(length) < kept)
         return perturb(flow, std, seed=self.seed + seed)
@@ -117,14 +121,14 @@ class Trial:
 
     def condition(self, flow: Flow, seed: int = 0) -> Condition | None:
         labels = None if self.labels is None else torch.tensor(self.labels).roll(seed)
-        if flow.kind == "labels":
+        if "labels" in flow.fields:
             return None if labels is None else Condition(labels=labels)
-        if flow.kind is None or (labels is None and self.lengths is None):
+        if not flow.fields or (labels is None and self.lengths is None):
             return None
         length = self.null_lengths[0] if labels is not None else max(self.lengths or [1])
         text = normal(BATCH, length, TEXT_DIM, seed=self.seed + 20 + seed)
         mask = None if self.lengths is None else torch.arange(length) < torch.tensor(self.lengths)[:, None]
-        return Condition(labels, text, mask)
+        return Condition(labels=labels, text=text, mask=mask)
 
 
 @st.composite
@@ -308,13 +312,13 @@ def test_extend_gives_what_params_gives_in_any_split_and_after_overwriting(trial
     extends(trial, runs)
 
 
-class Chunks:
+class Chunks(Solver):
     """Inverts a block chunk by chunk: fixed-point sweeps over a chunk until it is exact, then the next."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
 
-    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context, guidance: Guidance | None = None) -> Solution:
+    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context) -> Solution:
         batch, tokens, _ = z.shape
         state, first = block.start(ctx, batch, tokens, z.dtype)
         u, at = torch.zeros_like(z), 0
@@ -339,7 +343,7 @@ def test_the_inverse_by_fixed_points_over_any_chunks_is_the_same(trial: Trial, s
         "grid": trial.call,
         "attention_temperature": torch.tensor(trial.temperatures, dtype=torch.float64),
     }
-    close(flow.inverse(z, solver=Chunks(sizes), **arguments), flow.inverse(z, **arguments))  # type: ignore[arg-type]  # not a member
+    close(flow.inverse(z, solver=Chunks(sizes), **arguments), flow.inverse(z, **arguments))
 
 
 def keeps_rows_apart(trial: Trial) -> None:
@@ -391,7 +395,7 @@ def test_densities_integrate_to_one(trial: Trial) -> None:
 def test_densities_per_class_are_those_of_each_class(trial: Trial) -> None:
     trial = dataclasses.replace(trial, learn_prior=trial.learn_prior and trial.call == trial.grid)
     flow, x = trial.flow(), trial.data()
-    if flow.kind is None:
+    if not flow.fields:
         return
     with torch.no_grad():
         each = [flow.log_prob(x, Condition(labels=torch.full((BATCH,), y)), grid=trial.call) for y in range(CLASSES)]
@@ -495,7 +499,7 @@ def by_hand(flow: Flow, k: int, u: Tensor, rule: Rule, guidance: Guidance, ctx: 
     other = guidance.negative.flow if isinstance(guidance.negative.flow, Flow) else flow
     given = guidance.negative.condition
     if given is not None and len(given) == 1:
-        given = Condition(*(None if t is None else torch.cat([t] * BATCH) for t in (given.labels, given.text, given.mask)))
+        given = given.map(lambda t: torch.cat([t] * BATCH))
     below = Context(other.resolve(given, BATCH), ctx.grid, ctx.attention_temperature * rule.temperature)
     ac, mc = log_scale_and_shift(flow.blocks[k], flow.blocks[k].params(u, ctx))  # type: ignore[arg-type,operator]
     au, mu = log_scale_and_shift(other.blocks[k], other.blocks[k].params(u, below))  # type: ignore[arg-type,operator]
@@ -568,7 +572,7 @@ def test_the_guided_inverse_is_the_same_over_any_chunks_and_row_by_row(case: tup
         warnings.simplefilter("ignore", GuidanceWarning)
         rest: dict[str, Any] = {"grid": trial.call, "guidance": rule.build(trial, flow)}
         whole = flow.inverse(z, condition, **rest)
-        close(flow.inverse(z, condition, solver=Chunks(sizes), **rest), whole)  # type: ignore[arg-type]  # not a member
+        close(flow.inverse(z, condition, solver=Chunks(sizes), **rest), whole)
         for i in range(BATCH):
             close(flow.inverse(z[i : i + 1], one_row(condition, i), **rest), whole[i : i + 1])
 

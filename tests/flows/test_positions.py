@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from srcflow.conditioners.class_table import ClassTable
+from srcflow.conditioners.class_token import ClassToken
+from srcflow.conditioners.text_prefix import TextPrefix
 from srcflow.couplings.affine import Affine
 from srcflow.errors import ConfigError, ShapeError
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable, ClassToken, TextPrefix
 from srcflow.flows.flow import Flow
 from srcflow.flows.positions import Learned, Positions, Rotary
 from srcflow.testing import perturb

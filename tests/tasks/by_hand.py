@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from srcflow.flows.conditioners import ClassTable
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.couplings.affine import Affine
 from srcflow.flows.block import TransformerBlock
-from srcflow.flows.conditioners import ClassTable
 from srcflow.flows.flow import Flow
 from srcflow.flows.normalization import ChannelNormalization
 from srcflow.flows.positions import Learned

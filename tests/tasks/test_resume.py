@@ -202,6 +202,25 @@ def test_a_flow_on_a_stream_of_shards_goes_on_bit_for_bit(
     compare(FlowTask, "flow", model, data, tmp_path, monkeypatch, accumulate, **stream)
 
 
+@pytest.mark.parametrize(("mode", "end"), [("map", "max_steps"), ("map", "max_epochs"), ("stream", "max_steps")])
+def test_a_run_resumes_bit_for_bit_from_the_end_of_an_epoch(mode: str, end: str, data: Path, streamed: Path, tmp_path: Path) -> None:
+    """With the checkpoints that `Checkpoints` writes by default: the next epoch is neither left out nor seen twice."""
+    model = {**FLOW, "codec": str(data / "codec")}
+    more: dict[str, Any] = {} if mode == "map" else {"train": f"{streamed}/train-{{0..4}}.tar", "mode": "stream", "shuffle_buffer": 24}
+    length = {"max_steps": 3 * BATCHES} if end == "max_steps" else {"max_steps": -1, "max_epochs": 3}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for here, ckpt in ((straight, []), (resumed, ["--ckpt_path", str(straight / "checkpoints" / f"step-{BATCHES}.ckpt")])):
+        callbacks = [{"class_path": "EMA", "init_args": {"decay": 0.9}}, {"class_path": "Checkpoints", "init_args": {"keep": 3}}]
+        main([*configuration(data, here, "flow", model, {**length, "limit_val_batches": 1, "callbacks": callbacks}, **more), *ckpt])
+    files = [f"step-{n * BATCHES}.ckpt" for n in (2, 3)]
+    assert sorted(p.name for p in (resumed / "checkpoints").glob("step-*")) == files
+    for file in files:
+        a, b = load(straight / "checkpoints" / file), load(resumed / "checkpoints" / file)
+        for key in ("state_dict", "raw_state", "optimizer_states", "lr_schedulers", "global_step"):
+            assert list(differences(a[key], b[key], f"{file} {key}")) == []
+    assert {k: v for k, v in logged(straight).items() if k[0] >= BATCHES} == {k: v for k, v in logged(resumed).items() if k[0] >= BATCHES}
+
+
 @pytest.mark.parametrize("batch", [2, 6, 11])
 def test_a_stream_gives_the_batches_of_an_unfinished_step_again(batch: int, data: Path, streamed: Path, tmp_path: Path) -> None:
     def module() -> ImageShards:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from srcflow.couplings.affine import Affine
-from srcflow.guidance.base import Guidance, Negative
+from srcflow.guidance.base import Negative
+from srcflow.guidance.guided import GuidedBlock
 from srcflow.solvers.sequential import Sequential
 from srcflow.testing import (
     ReferenceBlock,
@@ -24,8 +25,8 @@ from srcflow.types import CausalBlock, Context, Solution
 class LateSolver(Sequential):
     """Stops a token early."""
 
-    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context, guidance: Guidance | None = None) -> Solution:
-        solution = super().__call__(block, z, ctx, guidance)
+    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context) -> Solution:
+        solution = super().__call__(block, z, ctx)
         solution.u[:, -1] = z[:, -1]
         return solution
 
@@ -36,50 +37,53 @@ class RememberingSolver(Sequential):
     def __init__(self) -> None:
         self._last: list[Solution] = []
 
-    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context, guidance: Guidance | None = None) -> Solution:
-        self._last.append(super().__call__(block, z, ctx, guidance))
+    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context) -> Solution:
+        self._last.append(super().__call__(block, z, ctx))
         return self._last[-1]
 
 
 class BatchSolver(Sequential):
     """Exact on the batch of the round trip, but what a row becomes depends on how many others there are."""
 
-    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context, guidance: Guidance | None = None) -> Solution:
-        solution = super().__call__(block, z, ctx, guidance)
+    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context) -> Solution:
+        solution = super().__call__(block, z, ctx)
         return solution._replace(u=solution.u + 1e-6 * (3 - z.shape[0]))
 
 
 class UnguidedSolver(Sequential):
-    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context, guidance: Guidance | None = None) -> Solution:
-        return super().__call__(block, z, ctx)
+    """Inverts the positive stream's block alone."""
+
+    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context) -> Solution:
+        return super().__call__(block.block if isinstance(block, GuidedBlock) else block, z, ctx)
 
 
 class NullOnlySolver(Sequential):
     """Ignores the rule's own negative condition."""
 
-    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context, guidance: Guidance | None = None) -> Solution:
-        if guidance is not None:
-            guidance = copy.copy(guidance)
+    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context) -> Solution:
+        if isinstance(block, GuidedBlock):
+            guidance = copy.copy(block.guidance)
             guidance.negative = Negative(attention_temperature=guidance.negative.attention_temperature)
-        return super().__call__(block, z, ctx, guidance)
+            block = GuidedBlock(block.block, guidance)
+        return super().__call__(block, z, ctx)
 
 
 class CoolSolver(Sequential):
     """Ignores the attention temperature."""
 
-    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context, guidance: Guidance | None = None) -> Solution:
-        return super().__call__(block, z, replace(ctx, attention_temperature=1.0), guidance)
+    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context) -> Solution:
+        return super().__call__(block, z, replace(ctx, attention_temperature=1.0))
 
 
 class NarrowSolver(Sequential):
-    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context, guidance: Guidance | None = None) -> Solution:
-        solution = super().__call__(block, z.float(), ctx, guidance)
+    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context) -> Solution:
+        solution = super().__call__(block, z.float(), ctx)
         return solution._replace(u=solution.u.to(z.dtype))
 
 
 class VagueSolver(Sequential):
-    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context, guidance: Guidance | None = None) -> Solution:
-        solution = super().__call__(block, z, ctx, guidance)
+    def __call__(self, block: CausalBlock, z: Tensor, ctx: Context) -> Solution:
+        solution = super().__call__(block, z, ctx)
         return solution._replace(fallback=solution.residual)
 
 
