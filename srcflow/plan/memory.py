@@ -179,7 +179,7 @@ def passing(stage: Stage, batch: int, *, mixed: bool, like: Like = "cuda", backw
 def _rules(like: Like) -> Iterator[None]:
     """PyTorch on fake CPU tensors, by the rules of another device, and without looks at values that fake tensors do not have."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("srcflow.flows.conditioners._resolved_labels", lambda given, *_: given))
+        stack.enter_context(mock.patch("srcflow.conditioners.base._index", lambda field, value, *_: value))
         if like == "cuda":
             stack.enter_context(mock.patch("srcflow.nn.attention.SMALL", 0))
             for name in ("layer_norm", "group_norm"):

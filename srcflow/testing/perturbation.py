@@ -8,7 +8,7 @@ of a matrix product, which differ between processors. So `perturb` keeps what a 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -75,11 +75,13 @@ def _bound(block: TransformerBlock) -> None:
 
 
 def _condition(block: TransformerBlock) -> Condition | None:
-    """A condition for the trial tokens: the null class and the first classes, or texts of four standard normal features."""
-    conditioner: Any = block.conditioner
-    if conditioner is None:
-        return None
+    """A condition for the trial tokens: the null class and the first classes, and standard normal features, four to a text."""
     device, dtype = block.head.weight.device, block.head.weight.dtype
-    if conditioner.kind == "text":
-        return Condition(text=normal(ROWS, 4, conditioner.text_dim, seed=1).to(device, dtype))
-    return Condition(labels=(torch.arange(ROWS) % (conditioner.num_classes + 1) - 1).to(device))
+    values = {}
+    for field in block.fields:
+        if field.kind == "index":
+            values[field.name] = (torch.arange(ROWS) % (field.size + 1) - 1).to(device)
+        else:
+            length = (4,) if field.kind == "sequence" else ()
+            values[field.name] = normal(ROWS, *length, field.size, seed=1).to(device, dtype)
+    return Condition(**values) if values else None

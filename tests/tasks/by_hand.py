@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
-from srcflow.flows.conditioners import ClassTable
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from srcflow.autoencoders.pixels import PixelPatches
+from srcflow.conditioners.class_table import ClassTable
 from srcflow.couplings.affine import Affine
 from srcflow.flows.block import TransformerBlock
 from srcflow.flows.flow import Flow

@@ -29,9 +29,9 @@ FLOWS: dict[str, Callable[[], Flow]] = {
 
 def trial(flow: Flow, rows: int, seed: int) -> tuple[Tensor, Condition | None]:
     condition = None
-    if flow.kind == "labels":
+    if "labels" in flow.fields:
         condition = Condition(labels=torch.arange(rows) % (flow.num_classes + 1) - 1)
-    if flow.kind == "text":
+    if "text" in flow.fields:
         condition = Condition(text=normal(rows, 4, 5, seed=seed + 1))
     return normal(rows, flow.grid[0] * flow.grid[1], flow.channels, seed=seed), condition
 
