@@ -174,6 +174,7 @@ class FrechetDistance(DoubleMetric):
 
     higher_is_better = False
     is_differentiable = False
+    real_count: Tensor
     fake_count: Tensor
 
     def __init__(self, dim: int, reference: str | None = None, small_sample: bool = False, keep_real: bool = False, **kwargs: Any) -> None:
