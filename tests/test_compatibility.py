@@ -46,6 +46,7 @@ def test_old_stages_are_found_by_their_hashes() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*exif.*this run began before there was a choice:UserWarning")
 def test_an_old_checkpoint_resumes_under_its_old_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.chdir(tmp_path)

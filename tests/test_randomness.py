@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from srcflow import randomness
+
+from .drawn import Feature, covering, every
 
 KEY = {"seed": 3, "purpose": "noise", "step": 7}
 
@@ -46,8 +48,17 @@ def test_rows_do_not_depend_on_the_batch(draw: Callable[..., torch.Tensor]) -> N
         assert not torch.equal(draw((4, 2), indices=[9], **{**KEY, **change}), batch[:1])
 
 
-@given(st.permutations(range(8)), st.integers(1, 8))
-@settings(max_examples=25)
+def shown(order: list[int], size: int) -> Iterator[Feature]:
+    yield from (("size", size), ("order", "kept" if order == sorted(order) else "changed"))
+
+
+@covering(
+    settings(max_examples=25),
+    st.permutations(range(8)),
+    st.integers(1, 8),
+    features=shown,
+    needed=every(size=range(1, 9), order=["kept", "changed"]),
+)
 def test_order_and_batch_size_do_not_matter(order: list[int], size: int) -> None:
     whole = randomness.normal((3,), indices=range(8), **KEY)
     parts = torch.cat([randomness.normal((3,), indices=order[i : i + size], **KEY) for i in range(0, 8, size)])

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch import multiprocessing as mp
 
 from srcflow.errors import ConfigError, DataError, ShapeError
 from srcflow.statistics import Moments, principal_components, scale
+
+from .drawn import Feature, covering, every
 
 
 def data(n: int = 257, d: int = 5, offset: float = 100.0) -> Tensor:
@@ -36,8 +39,24 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float(((a - b).abs() / (torch.outer(s, s) if b.ndim == 2 else s)).max())
 
 
-@settings(max_examples=40, deadline=None)
-@given(cuts=st.lists(st.integers(1, 256), max_size=8, unique=True), seed=st.integers(0, 99), ranks=st.integers(1, 4))
+def shown(cuts: list[int], seed: int, ranks: int) -> Iterator[Feature]:
+    yield from (("ranks", ranks), ("batches", "one" if not cuts else "several"))
+    yield "a rank without samples", ranks > len(cuts) + 1
+    yield "a batch of one", any(b - a == 1 for a, b in itertools.pairwise([0, *sorted(cuts), 257]))
+
+
+@covering(
+    settings(max_examples=40, deadline=None),
+    st.lists(st.integers(1, 256), max_size=8, unique=True),
+    st.integers(0, 99),
+    st.integers(1, 4),
+    features=shown,
+    needed=every(
+        ranks=range(1, 5),
+        batches=["one", "several"],
+        **{"a rank without samples": [False, True], "a batch of one": [False, True]},
+    ),
+)
 def test_any_batching_order_and_rank_count_gives_the_same(cuts: list[int], seed: int, ranks: int) -> None:
     x = data()
     whole = fed(x, [len(x)])

@@ -18,7 +18,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import srcflow
 from srcflow import artifacts
@@ -206,7 +206,8 @@ class RunRecord(SaveConfigCallback):
             try:
                 record = None if self._changing else read(path)
                 if record is not None:
-                    _complete(record["identity"], self._identity or {})
+                    for line in _complete(record["identity"], self._identity or {}):
+                        rank_zero_warn(f"{line} It continues with the new value; add the old one to keep everything as it was.")
                     same = record["starts"][-1]["srcflow"] == srcflow.__version__
                     found = differences(record["identity"], self._identity or {}, one_sided=same)
                     found = {k: v for k, v in found.items() if not (v[1] is None and k in LATER)}
@@ -296,15 +297,23 @@ def differences(stored: Any, wanted: Any, key: str = "", *, one_sided: bool = Tr
     return {} if stored == wanted else {key: (stored, wanted)}
 
 
-def _complete(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Add to `stored` what older records lack (`EARLIER`), where the run in hand has it."""
+def _complete(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Add to `stored` what older records lack (`EARLIER`), where the run in hand has it.
+
+    Returns:
+        a line for each option of the run in hand that does something else than the run did before there was a choice.
+    """
+    lines = []
     for key, value in EARLIER.items():
         *path, name = key.split(".")
         both: list[Any] = [stored, wanted]
         for part in path:
             both = [d.get(part) if isinstance(d, Mapping) else None for d in both]
-        if isinstance(both[0], dict) and isinstance(both[1], Mapping) and name in both[1]:
-            both[0].setdefault(name, value)
+        if isinstance(both[0], dict) and isinstance(both[1], Mapping) and name in both[1] and name not in both[0]:
+            both[0][name] = both[1][name]
+            if both[1][name] != value and "init_args" in path:
+                lines.append(f"{key} = {both[1][name]!r}: this run began before there was a choice, with what is now {value!r}.")
+    return lines
 
 
 # --- the file -----------------------------------------------------------------------------------------------------------------------

@@ -223,8 +223,8 @@ def test_configurations_of_other_versions_are_compared_in_what_both_know() -> No
     assert set(run_directory.differences(old, new)) == {"model.guidance", "model.list.1.a", "model.gone", "model.added"}
 
 
-def test_a_run_from_before_there_was_a_choice_about_exif_ignored_it(command: list[str], tmp_path: Path) -> None:
-    """It goes on with the pixels that it began with, or says what differs; also where its version is another one."""
+def test_a_run_from_before_there_was_a_choice_about_exif_continues_and_says_so(command: list[str], tmp_path: Path) -> None:
+    """With the new default and a warning, or without one if the old behaviour is asked for; also where its version is another one."""
     main([*command, "--data.exif", "ignore"])
     old = record(tmp_path)
     for part in (old["identity"]["data"]["init_args"], old["identity"]["data"]["content"]["transform"], old["config"]["data"]["init_args"]):
@@ -232,8 +232,9 @@ def test_a_run_from_before_there_was_a_choice_about_exif_ignored_it(command: lis
     for version in (old["starts"][-1]["srcflow"], "0.0.1"):
         old["starts"][-1]["srcflow"] = version
         (tmp_path / "run/run.json").write_text(json.dumps(old))
-        with pytest.raises(ManifestMismatchError, match=r"data\.init_args\.exif: stored 'ignore', this run 'transpose'"):
+        with pytest.warns(UserWarning, match="exif = 'transpose': this run began before there was a choice, with what is now 'ignore'"):
             main([*command, "--ckpt_path", "last"])
+        (tmp_path / "run/run.json").write_text(json.dumps(old))
         main([*command, "--ckpt_path", "last", "--data.exif", "ignore"])
 
 

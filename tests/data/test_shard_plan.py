@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from srcflow.data.shard_plan import Piece, ShardPlan, buffered_order, default_streams, pieces_between
+
+from ..drawn import Feature, covering, every
 
 counts = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 epochs = st.integers(0, 3)
@@ -17,7 +21,25 @@ def plan_of(sizes: list[int], streams: int, buffer: int, seed: int = 0) -> Shard
     return ShardPlan(np.array(sizes), streams, sum(sizes) // streams, buffer, seed)
 
 
-@given(counts, st.integers(1, 8), st.integers(1, 40), epochs)
+def shown(sizes: list[int], streams: int, buffer: int, epoch: int) -> Iterator[Feature]:
+    length = sum(sizes) // streams
+    yield from (("epoch", epoch), ("streams", streams), ("shards", "one" if len(sizes) == 1 else "several"))
+    yield "length", "none" if length == 0 else "less than all" if length * streams < sum(sizes) else "all"
+    yield "buffer", "one" if buffer == 1 else "holds a stream" if buffer >= length else "smaller"
+    yield "spans", "within shards" if length < min(sizes) else "over shards"
+
+
+NEEDED = every(epoch=range(4), streams=range(1, 9), shards=["one", "several"], length=["none", "less than all", "all"])
+NEEDED |= every(buffer=["one", "holds a stream", "smaller"], spans=["within shards", "over shards"])
+
+
+def plans(test: Callable[..., None]) -> Callable[[], None]:
+    """A property of plans of every kind."""
+    drawn = (counts, st.integers(1, 8), st.integers(1, 40), epochs)
+    return covering(settings(max_examples=100), *drawn, features=shown, needed=NEEDED)(test)
+
+
+@plans
 def test_each_sample_comes_once_but_for_less_than_a_round(sizes: list[int], streams: int, buffer: int, epoch: int) -> None:
     plan = plan_of(sizes, streams, buffer)
     seen = np.concatenate([plan.indices(epoch, s) for s in range(streams)])
@@ -25,7 +47,7 @@ def test_each_sample_comes_once_but_for_less_than_a_round(sizes: list[int], stre
     assert not len(seen) or (seen.min() >= 0 and seen.max() < sum(sizes))
 
 
-@given(counts, st.integers(1, 8), st.integers(1, 40), epochs)
+@plans
 def test_pieces_and_order_say_the_same_as_the_indices(sizes: list[int], streams: int, buffer: int, epoch: int) -> None:
     plan, starts = plan_of(sizes, streams, buffer), np.cumsum([0, *sizes])
     for stream in range(streams):
@@ -35,7 +57,19 @@ def test_pieces_and_order_say_the_same_as_the_indices(sizes: list[int], streams:
         assert [read[k] for k in plan.order(epoch, stream)] == plan.indices(epoch, stream).tolist()
 
 
-@given(st.integers(0, 200), st.integers(1, 50), st.integers(0, 5))
+def shown_by_a_buffer(n: int, buffer: int, seed: int) -> Iterator[Feature]:
+    yield "samples", "none" if n == 0 else "fewer" if n <= buffer else "more"
+    yield from (("buffer", "one" if buffer == 1 else "more"), ("seed", seed))
+
+
+@covering(
+    settings(max_examples=100),
+    st.integers(0, 200),
+    st.integers(1, 50),
+    st.integers(0, 5),
+    features=shown_by_a_buffer,
+    needed=every(samples=["none", "fewer", "more"], buffer=["one", "more"], seed=range(6)),
+)
 def test_a_reader_holds_no_more_than_the_buffer(n: int, buffer: int, seed: int) -> None:
     order = buffered_order(n, buffer, np.random.default_rng(seed))
     assert sorted(order) == list(range(n))
@@ -88,7 +122,19 @@ def test_pieces_of_a_sequence() -> None:
     assert list(pieces_between([0, 1, 2], sizes, 4, 4)) == []
 
 
-@given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 16))
+def shown_by_sizes(shards: int, batch: int, world: int) -> Iterator[Feature]:
+    yield "shards", "too few" if shards < world else "fewer than the batch" if shards < batch * world else "many"
+    yield "world", "one" if world == 1 else "a power of two" if world & (world - 1) == 0 else "another"
+
+
+@covering(
+    settings(max_examples=100),
+    st.integers(1, 300),
+    st.integers(1, 64),
+    st.integers(1, 16),
+    features=shown_by_sizes,
+    needed=every(shards=["too few", "fewer than the batch", "many"], world=["one", "a power of two", "another"]),
+)
 def test_the_default_number_of_streams(shards: int, batch: int, world: int) -> None:
     streams, whole = default_streams(shards, batch * world, world), batch * world
     if shards < world:

@@ -11,13 +11,13 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,6 +47,8 @@ from srcflow.testing import perturb
 from srcflow.testing.expect import distance, finite, normal
 from srcflow.types import CausalBlock, Condition, Context, Grid, Solution
 
+from ..drawn import Feature, covering, every
+
 FACTOR = int(os.environ.get("SRCFLOW_EXAMPLES", "1"))
 CLASSES, TEXT_DIM, BATCH = 3, 2, 3
 COUPLINGS = {"exp": Affine, "softplus": SoftplusAffine, "additive": Additive}
@@ -59,8 +61,38 @@ CONDITIONERS: dict[str, Callable[[int], Conditioner]] = {
 }
 KINDS: dict[str | None, list[str | None]] = {
     None: [None],
-    "labels": ["mean table", "learned table", "token", "biased token", None],
+    "labels": ["mean table", "learned table", "token", "biased token", "learned table", "token", None],
     "text": ["text", "text", None],
+}
+
+
+GRIDS: tuple[Grid, ...] = ((2, 3), (2, 2), (1, 4), (5, 1), (1, 1))
+OTHER_CALL: Grid = (3, 2)
+# what is drawn of a part's layers, of a block, of a flow and of a guidance rule: every value has to occur among a property's examples
+LAYERS: dict[str, list[Any]] = {
+    "expansion": [1.0, 1.7],
+    "norm": ["layer", "rms"],
+    "mlp": ["gelu", "gated"],
+    "qk_norm": [False, True],
+    "post_norm": [False, True],
+    "bias": [False, True],
+}
+BLOCK: dict[str, list[Any]] = {
+    "coupling": sorted(COUPLINGS),
+    "start": ["sos", "shift"],
+    "order": ["raster", "reverse"],
+    "clip": [0.0, 0.5, 4.0],
+    "clip_what": ["log_scale", "both"],
+}
+NORMALIZATIONS, TEMPERATURES = [None, "channel", "whitening"], [0.5, 1.0, 1.7]
+RULES: dict[str, list[Any]] = {
+    "name": ["linear", "gaussian"],
+    "strength": [0.4, 1.5],
+    "schedule": ["number", "annealed", "interval"],
+    "what": ["both", "log_scale", "shift"],
+    "blocks": ["conditioned", "deep", "all"],
+    "temperature": [1.0, 0.6, 1.8],
+    "condition": ["null", "one", "rows"],
 }
 
 
@@ -151,12 +183,7 @@ def layers(draw: st.DrawFn, kind: str | None, positions: list[str]) -> dict[str,
         "text_axis": text_axis,
         "side": draw(st.sampled_from([None, None, 5.0])),
         "conditioner": conditioner,
-        "expansion": draw(st.sampled_from([1.0, 1.7])),
-        "norm": draw(st.sampled_from(["layer", "rms"])),
-        "mlp": draw(st.sampled_from(["gelu", "gated"])),
-        "qk_norm": draw(st.booleans()),
-        "post_norm": draw(st.booleans()),
-        "bias": draw(st.booleans()),
+        **{name: draw(st.sampled_from(values)) for name, values in LAYERS.items()},
         "final_norm": draw(st.booleans()),
     }
 
@@ -167,19 +194,16 @@ def block_settings(draw: st.DrawFn, kind: str | None, positions: list[str], orde
     return {
         **common,
         "identity": draw(st.sampled_from([None, False])) if common["layers"] == 0 else None,
-        "coupling": draw(st.sampled_from(sorted(COUPLINGS))),
-        "start": draw(st.sampled_from(["sos", "shift"])),
-        "order": draw(st.sampled_from(["raster", "reverse"])) if order is None else order,
-        "clip": draw(st.sampled_from([0.0, 0.5, 4.0])),
-        "clip_what": draw(st.sampled_from(["log_scale", "both"])),
+        **{name: draw(st.sampled_from(values)) for name, values in BLOCK.items() if name != "order" or order is None},
+        **({} if order is None else {"order": order}),
     }
 
 
 @st.composite
 def trials(
     draw: st.DrawFn,
-    grids: tuple[Grid, ...] = ((2, 3), (2, 2), (1, 4), (5, 1), (1, 1)),
-    kinds: tuple[str | None, ...] = ("labels", "text", None),
+    grids: tuple[Grid, ...] = GRIDS,
+    kinds: tuple[str | None, ...] = ("labels", "text", "labels", "text", None),
     channels: tuple[int, ...] = (1, 2, 3),
     learn_prior: bool | None = None,
     denoiser: bool = False,
@@ -188,12 +212,19 @@ def trials(
     """Flows over grids of these shapes; those that are `like` another could be its negative."""
     kind, d = draw(st.sampled_from(kinds)), draw(st.sampled_from(channels))
     grid: Grid = draw(st.sampled_from(grids))
-    call = draw(st.sampled_from([grid, grid, (grid[1], grid[0]), (3, 2)])) if learn_prior is None else grid
+    call = draw(st.sampled_from([grid, grid, (grid[1], grid[0]), OTHER_CALL])) if learn_prior is None else grid
     orders: list[str | None] = [None] * draw(st.integers(1, 3))
     if like is not None:
         d, grid, call, orders = like.channels, like.grid, like.call, [s["order"] for s in like.blocks]
     positions = ["rotary"] if call != grid else ["learned", "rotary"]
-    row = st.sampled_from([-1, *range(CLASSES)])
+    row, told = st.integers(0, CLASSES - 1), kind is not None
+    labels = draw(st.lists(row, min_size=BATCH, max_size=BATCH)) if told and draw(st.sampled_from([True, True, False])) else None
+    if labels is not None and draw(st.booleans()):
+        labels[draw(st.integers(0, BATCH - 1))] = -1
+    masked = kind == "text" and draw(st.sampled_from([True, True, False]))
+    lengths = draw(st.lists(st.integers(1, 3), min_size=BATCH, max_size=BATCH)) if masked else None
+    if lengths is not None and draw(st.booleans()):
+        lengths[draw(st.integers(0, BATCH - 1))] = 0
     blocks = [draw(block_settings(kind, positions, order)) for order in orders]
     return Trial(
         blocks=blocks,
@@ -202,14 +233,86 @@ def trials(
         call=call,
         channels=d,
         kind=kind,
-        normalization=draw(st.sampled_from([None, "channel", "whitening"])),
+        normalization=draw(st.sampled_from(NORMALIZATIONS)),
         learn_prior=draw(st.booleans()) if learn_prior is None else learn_prior,
-        labels=draw(st.none() | st.lists(row, min_size=BATCH, max_size=BATCH)) if kind is not None else None,
-        lengths=draw(st.none() | st.lists(st.integers(0, 3), min_size=BATCH, max_size=BATCH)) if kind == "text" else None,
+        labels=labels,
+        lengths=lengths,
         null_lengths=(draw(st.integers(1, 3)), draw(st.none() | st.integers(0, 2))) if kind == "text" else (1, None),
-        temperatures=draw(st.lists(st.sampled_from([0.5, 1.0, 1.7]), min_size=BATCH, max_size=BATCH)),
+        temperatures=draw(st.lists(st.sampled_from(TEMPERATURES), min_size=BATCH, max_size=BATCH)),
         seed=draw(st.integers(0, 99)),
     )
+
+
+def shown_by_layers(settings: dict[str, Any]) -> Iterator[Feature]:
+    """What a block or a denoiser shows of `layers`; of what has no effect without layers, nothing if it has none."""
+    yield "layers", settings["layers"]
+    if not settings["layers"]:
+        return
+    yield from ((name, settings[name]) for name in (*LAYERS, "final_norm", "positions", "conditioner"))
+    yield "heads", "own" if settings["heads"] else "of the width"
+    if settings["heads"] != 1:
+        yield "kv_heads", "fewer" if settings["kv_heads"] and settings["kv_heads"] != settings["heads"] else "as many"
+    if settings["positions"] == "rotary":
+        yield "side", "given" if settings["side"] else "the grid's"
+        yield "text_axis", settings["text_axis"]
+
+
+def shown(trial: Trial, *_: Any) -> Iterator[Feature]:
+    """Every feature of a trial."""
+    for s in trial.blocks:
+        yield from shown_by_layers(s)
+        if s["layers"] or s["identity"] is False:
+            yield from ((name, s[name]) for name in BLOCK if name != "clip_what" or s["clip"])
+        if not s["layers"]:
+            yield "without layers", "no identity" if s["identity"] is False else "the identity"
+    if trial.denoiser is not None:
+        yield from ((f"denoiser's {name}", value) for name, value in shown_by_layers(trial.denoiser))
+    yield from (("kind", trial.kind), ("channels", trial.channels), ("blocks", len(trial.blocks)))
+    yield from (("normalization", trial.normalization), ("learn_prior", trial.learn_prior), ("grid", trial.grid))
+    yield "call", "the grid" if trial.call == trial.grid else "other"
+    yield from (("temperatures", t) for t in trial.temperatures)
+    if trial.kind is not None:
+        yield "labels", "none" if trial.labels is None else "a null row" if -1 in trial.labels else "rows"
+    if trial.kind == "text":
+        yield "lengths", "no mask" if trial.lengths is None else "an empty row" if 0 in trial.lengths else "a mask"
+        yield "null text", "no mask" if trial.null_lengths[1] is None else "a mask"
+
+
+def needed(
+    grids: tuple[Grid, ...] = GRIDS,
+    kinds: tuple[str | None, ...] = ("labels", "text", None),
+    channels: tuple[int, ...] = (1, 2, 3),
+    learn_prior: bool | None = None,
+    denoiser: bool = False,
+) -> set[Feature]:
+    """What the examples of `trials` with the same arguments have to show."""
+    of_layers: dict[str, Iterable[Any]] = {
+        **LAYERS,
+        "layers": [0, 1, 2],
+        "final_norm": [False, True],
+        "heads": ["own", "of the width"],
+        "kv_heads": ["fewer", "as many"],
+        "positions": ["learned", "rotary"],
+        "side": ["given", "the grid's"],
+        "text_axis": [False, True],
+        "conditioner": {c for kind in kinds for c in KINDS[kind]},
+    }
+    found = every(**of_layers, **BLOCK, kind=kinds, channels=channels, blocks=[1, 2, 3], normalization=NORMALIZATIONS, grid=grids)
+    found |= every(**{"without layers": ["no identity", "the identity"]}, temperatures=TEMPERATURES)
+    found |= every(learn_prior=[False, True] if learn_prior is None else [learn_prior])
+    found |= every(call=["the grid", "other"] if learn_prior is None else ["the grid"])
+    if denoiser:
+        found |= {(f"denoiser's {name}", value) for name, value in every(**of_layers)}
+    if any(kind is not None for kind in kinds):
+        found |= every(labels=["none", "a null row", "rows"])
+    if "text" in kinds:
+        found |= every(lengths=["no mask", "an empty row", "a mask"], **{"null text": ["no mask", "a mask"]})
+    return found
+
+
+def property_of(n: int, *more: Any, **arguments: Any) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """A property of `trials(**arguments)` and of `more`, that sees every feature in n examples."""
+    return covering(examples(n), trials(**arguments), *more, features=shown, needed=needed(**arguments))
 
 
 def close(actual: Tensor, expected: Tensor, bound: float = 1e-9) -> None:
@@ -242,8 +345,7 @@ def inverts(trial: Trial) -> None:
     assert (distance(z, flow.normalize(x)[0]) > 1e-3) == any(acts)
 
 
-@examples(80)
-@given(trials())
+@property_of(80)
 def test_inverse_undoes_forward_and_forward_the_inverse(trial: Trial) -> None:
     inverts(trial)
 
@@ -255,8 +357,7 @@ def has_the_jacobians_log_det(trial: Trial) -> None:
     close(out.logdet, torch.linalg.slogdet(torch.stack(columns, 1))[1])
 
 
-@examples(30)
-@given(trials(channels=(1, 2)))
+@property_of(30, channels=(1, 2))
 def test_log_det_is_the_jacobians(trial: Trial) -> None:
     has_the_jacobians_log_det(trial)
 
@@ -281,8 +382,7 @@ def is_triangular(trial: Trial) -> None:
             assert not torch.stack(columns, 1)[:, :, i + 1 :].any()
 
 
-@examples(25)
-@given(trials())
+@property_of(25)
 def test_each_blocks_jacobian_is_triangular_in_its_own_order(trial: Trial) -> None:
     is_triangular(trial)
 
@@ -306,8 +406,7 @@ def extends(trial: Trial, runs: list[tuple[float, int]]) -> None:
                 close(got[:, : wanted.shape[1]], wanted)
 
 
-@examples(60)
-@given(trials(), st.lists(st.tuples(st.sampled_from([1.0, 1.0, 0.0, 0.3, 0.7]), st.integers(1, 6)), min_size=1, max_size=8))
+@property_of(60, st.lists(st.tuples(st.sampled_from([1.0, 1.0, 0.0, 0.3, 0.7]), st.integers(1, 6)), min_size=1, max_size=8))
 def test_extend_gives_what_params_gives_in_any_split_and_after_overwriting(trial: Trial, runs: list[tuple[float, int]]) -> None:
     extends(trial, runs)
 
@@ -334,8 +433,7 @@ class Chunks(Solver):
         return Solution(u, rows.long(), rows, rows.bool())
 
 
-@examples(30)
-@given(trials(), st.lists(st.integers(1, 6), min_size=1, max_size=3))
+@property_of(30, st.lists(st.integers(1, 6), min_size=1, max_size=3))
 def test_the_inverse_by_fixed_points_over_any_chunks_is_the_same(trial: Trial, sizes: list[int]) -> None:
     flow, z = trial.flow(), trial.data()
     arguments: dict[str, Any] = {
@@ -360,14 +458,12 @@ def keeps_rows_apart(trial: Trial) -> None:
             close(flow.inverse(x[i : i + 1], one_row(condition, i), grid=trial.call, attention_temperature=t), back[i : i + 1])
 
 
-@examples(30)
-@given(trials())
+@property_of(30)
 def test_rows_are_independent_each_at_its_own_temperature(trial: Trial) -> None:
     keeps_rows_apart(trial)
 
 
-@examples(20)
-@given(trials(learn_prior=True), st.booleans())
+@property_of(20, st.booleans(), learn_prior=True)
 def test_log_prob_is_the_priors_density_of_z_and_the_log_det(trial: Trial, learned: bool) -> None:
     trial = trial if learned else dataclasses.replace(trial, learn_prior=False)
     flow, x = trial.flow(), trial.data()
@@ -379,8 +475,7 @@ def test_log_prob_is_the_priors_density_of_z_and_the_log_det(trial: Trial, learn
     assert (distance(flow.prior_std, torch.ones_like(z[0])) > 1e-3) == learned
 
 
-@examples(15)
-@given(trials(grids=((1, 2), (2, 1), (1, 1)), channels=(1,), learn_prior=True, kinds=(None, "labels")))
+@property_of(15, grids=((1, 2), (2, 1), (1, 1)), channels=(1,), learn_prior=True, kinds=(None, "labels"))
 def test_densities_integrate_to_one(trial: Trial) -> None:
     flow = dataclasses.replace(trial, blocks=[{**s, "clip": 0.5} for s in trial.blocks]).flow()  # no heavy tails
     axis = torch.linspace(-12, 12, 161, dtype=torch.float64)
@@ -390,8 +485,7 @@ def test_densities_integrate_to_one(trial: Trial) -> None:
     assert abs(float(mass) - 1.0) < 2e-3
 
 
-@examples(15)
-@given(trials(kinds=("labels",)))
+@property_of(15, kinds=("labels",))
 def test_densities_per_class_are_those_of_each_class(trial: Trial) -> None:
     trial = dataclasses.replace(trial, learn_prior=trial.learn_prior and trial.call == trial.grid)
     flow, x = trial.flow(), trial.data()
@@ -415,14 +509,12 @@ def denoises_rows(trial: Trial) -> None:
         assert seen.all() if trial.denoiser is not None and trial.denoiser["layers"] else torch.equal(seen, one[i].expand(BATCH, -1))
 
 
-@examples(20)
-@given(trials(denoiser=True))
+@property_of(20, denoiser=True)
 def test_the_denoiser_sees_every_token_of_its_row(trial: Trial) -> None:
     denoises_rows(trial)
 
 
-@examples(20)
-@given(trials(denoiser=True))
+@property_of(20, denoiser=True)
 def test_specification_and_state_make_the_same_flow(trial: Trial) -> None:
     flow, x = trial.flow(), trial.data()
     again = build(json.loads(json.dumps(spec_of(flow))), Flow).double().eval()
@@ -472,19 +564,29 @@ class Rule:
 
 @st.composite
 def guided_trials(draw: st.DrawFn) -> tuple[Trial, Rule]:
-    trial = draw(trials(kinds=("labels", "text", "labels", "text", None)))
+    trial = draw(trials())
     other = draw(st.sampled_from(["none", "none", "same", "different"]))
     rule = Rule(
-        name=draw(st.sampled_from(["linear", "gaussian"])),
-        strength=draw(st.sampled_from([0.4, 1.5])),
-        schedule=draw(st.sampled_from(["number", "annealed", "interval"])),
-        what=draw(st.sampled_from(["both", "log_scale", "shift"])),
-        blocks=draw(st.sampled_from(["conditioned", "deep", "all"])),
-        temperature=draw(st.sampled_from([1.0, 0.6, 1.8])),
-        condition=draw(st.sampled_from(["null", "one", "rows"])),
+        **{name: draw(st.sampled_from(values)) for name, values in RULES.items()},
         other={"none": None, "same": trial}[other] if other != "different" else draw(trials(like=trial)),
     )
     return trial, rule
+
+
+def shown_by_both(case: tuple[Trial, Rule], *_: Any) -> Iterator[Feature]:
+    """Every feature of a guided trial; what a rule does not look at it does not show."""
+    trial, rule = case
+    yield from shown(trial)
+    for name in RULES:
+        if (name != "what" or rule.name == "linear") and (name != "condition" or (rule.other or trial).kind is not None):
+            yield f"rule's {name}", getattr(rule, name)
+    yield "rule's other", "none" if rule.other is None else "same" if rule.other is trial else "different"
+
+
+def guided_property_of(n: int, *more: Any) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """A property of `guided_trials` and of `more`, that sees every feature in n examples."""
+    rules = {(f"rule's {name}", value) for name, value in every(**RULES, other=["none", "same", "different"])}
+    return covering(examples(n), guided_trials(), *more, features=shown_by_both, needed=needed() | rules)
 
 
 def log_scale_and_shift(block: TransformerBlock, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -554,14 +656,12 @@ def is_the_guided_forwards_inverse(trial: Trial, rule: Rule) -> None:
                 close(stream.params(u, ctx), torch.stack([a, m], -2))
 
 
-@examples(120)
-@given(guided_trials())
+@guided_property_of(120)
 def test_the_guided_inverse_solves_the_guided_forward_written_by_hand(case: tuple[Trial, Rule]) -> None:
     is_the_guided_forwards_inverse(*case)
 
 
-@examples(30)
-@given(guided_trials(), st.lists(st.integers(1, 6), min_size=1, max_size=3))
+@guided_property_of(30, st.lists(st.integers(1, 6), min_size=1, max_size=3))
 def test_the_guided_inverse_is_the_same_over_any_chunks_and_row_by_row(case: tuple[Trial, Rule], sizes: list[int]) -> None:
     trial, rule = case
     flow, z = trial.flow(), trial.data()
@@ -577,8 +677,7 @@ def test_the_guided_inverse_is_the_same_over_any_chunks_and_row_by_row(case: tup
             close(flow.inverse(z[i : i + 1], one_row(condition, i), **rest), whole[i : i + 1])
 
 
-@examples(15)
-@given(guided_trials())
+@guided_property_of(15)
 def test_guidance_of_strength_zero_is_none(case: tuple[Trial, Rule]) -> None:
     trial, rule = case
     flow, z = trial.flow(), trial.data()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ from srcflow.nn.attention import Attention, Cache, watch_logits
 from srcflow.nn.rope import angles
 from srcflow.testing import perturb
 from srcflow.testing.expect import normal
+
+from ..drawn import Feature, covering, every
 
 GRID, TOKENS = (2, 3), 6
 SHAPES: dict[str, dict[str, Any]] = {
@@ -109,11 +112,19 @@ def test_a_temperature_divides_the_logits(name: str) -> None:
     assert (net(x) - net(x, temperature=0.5)).abs().max() > 1e-3
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    name=st.sampled_from(sorted(SHAPES)),
-    runs=st.lists(st.tuples(st.sampled_from([1.0, 1.0, 0.0, 0.5]), st.integers(1, TOKENS)), min_size=1, max_size=6),
-    turns=st.booleans(),
+def shown(name: str, runs: list[tuple[float, int]], turns: bool) -> Iterator[Feature]:
+    yield from (("name", name), ("turns", turns))
+    yield from (("length", m) for _, m in runs)
+    yield from (("where", where) for where, _ in runs[1:])
+
+
+@covering(
+    settings(max_examples=60, deadline=None),
+    st.sampled_from(sorted(SHAPES)),
+    st.lists(st.tuples(st.sampled_from([1.0, 1.0, 0.0, 0.5]), st.integers(1, TOKENS)), min_size=1, max_size=6),
+    st.booleans(),
+    features=shown,
+    needed=every(name=SHAPES, turns=[False, True], length=range(1, TOKENS + 1), where=[0.0, 0.5, 1.0]),
 )
 def test_a_cache_gives_the_same_in_any_split_and_after_overwriting(name: str, runs: list[tuple[float, int]], turns: bool) -> None:
     net, x, cache, end = attention(**SHAPES[name]), normal(2, TOKENS, 10, seed=1), Cache(TOKENS), 0
