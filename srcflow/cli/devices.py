@@ -33,7 +33,8 @@ def device_of(name: str | None, key: str = "device") -> torch.device:
         if count == 0:
             raise ConfigError(key, name, "there is no GPU that torch can use.", "Write cpu, or leave it out.")
         if (device.index or 0) >= count:
-            raise ConfigError(key, name, f"there are {count} GPUs.", f"Write a number up to cuda:{count - 1}.")
+            have, last = ("1 GPU", "cuda:0") if count == 1 else (f"{count} GPUs", f"a number up to cuda:{count - 1}")
+            raise ConfigError(key, name, f"this machine has {have}.", f"Write {last}.")
     elif device.type != "cpu":
         try:
             torch.zeros(1, device=device).cpu()

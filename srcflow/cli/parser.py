@@ -133,7 +133,8 @@ class Parser(jsonargparse.ArgumentParser):
         """The command and what to say where required arguments are missing."""
         owner, _, _ = keys[0].partition(".")
         if owner not in TRAINER_COMMANDS:
-            return command, f"missing: {', '.join(f'--{k}' if self._is_option(k) else k.upper() for k in keys)}."
+            missing = [k.upper() for k in keys if not self._is_option(k)] + sorted(f"--{k}" for k in keys if self._is_option(k))
+            return command, f"missing: {', '.join(missing)}."
         sections = " and ".join(k.removeprefix(f"{owner}.") for k in sorted(keys, reverse=True))
         shipped = Path(srcflow.__file__).resolve().parents[1] / "configs"
         where = str(shipped) if shipped.is_dir() else "the folder configs/ of srcflow's source tree"

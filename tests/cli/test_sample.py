@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +171,12 @@ def test_bfloat16_is_autocast(tmp_path: Path, pipeline: FakePipeline, monkeypatc
         ("s.png", ["--classes=1;2"], "is no list of class ids"),
         ("full", ["--n=1"], "the folder is not empty"),
         ("full/old.png", ["--n=1", "--format=folder"], "is a file, and a folder is wanted"),
+        ("s.jpg", ["--n=1"], "no .jpg files are written. Write"),
+        ("s.WEBP", ["--n=1"], "no .webp files are written"),
+        ("s.tar", ["--n=1"], "no .tar files are written"),
+        ("full/old.png/s.npz", ["--n=1"], "old.png is not a directory"),
+        ("full/old.png/folder", ["--n=1"], "old.png is not a directory"),
+        ("full.png", ["--n=1"], "is a directory, and a file is to be written there"),
         ("s.png", ["--n=1", "--guidance=Linaer"], "Did you mean Linear?"),
         ("s.png", ["--n=1", "--format=gif"], "gif"),
     ],
@@ -177,11 +184,61 @@ def test_bfloat16_is_autocast(tmp_path: Path, pipeline: FakePipeline, monkeypatc
 def test_refused(out: str, more: list[str], words: str, tmp_path: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "old.png").touch()
+    (tmp_path / "full.png").mkdir()
     with pytest.raises(SystemExit) as status:
         sample(tmp_path / out, *more)
     assert status.value.code == 2
     assert words in capsys.readouterr().err
     assert not pipeline.calls
+
+
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path: Path, pipeline: FakePipeline) -> None:
+    sample(tmp_path / "guidance-1.5", "--n=1")
+    assert [p.name for p in (tmp_path / "guidance-1.5").iterdir()] == ["000000.png"]
+
+
+@pytest.mark.parametrize(
+    ("out", "at", "words"),
+    [
+        ("images", 2, "The first 2 of 4 images are there."),
+        ("images", 0, "None of the 4 images is there."),
+        ("s.png", 0, "None of the 4 images is there."),
+        ("s.npz", 0, "None of the 4 images is there."),
+    ],
+)
+def test_a_full_disk_says_what_was_written(
+    out: str,
+    at: int,
+    words: str,
+    tmp_path: Path,
+    pipeline: FakePipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left = at
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        nonlocal left
+        if left == 0:
+            file = args[1] if isinstance(args[0], Image.Image) else args[0].name
+            Path(file).write_bytes(b"a part")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left -= 1
+        return save(*args, **kwargs)
+
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(np, "savez", full)
+    if "." in out:
+        (tmp_path / out).write_bytes(b"an older one")
+    with pytest.raises(SystemExit) as status:
+        sample(tmp_path / out, "--n=4", "--batch_size=3")
+    assert status.value.code == 2
+    assert f"cannot be written: No space left on device. {words} Make room or name another place;" in capsys.readouterr().err
+    if "." in out:
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {out: b"an older one"}
+    else:
+        assert len(list((tmp_path / out).iterdir())) == at
 
 
 def test_denoised_pixels_of_a_flow_that_records_no_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
