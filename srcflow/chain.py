@@ -17,8 +17,11 @@ from srcflow import artifacts
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.compressors.base import Compressor
 from srcflow.compressors.identity import Identity
-from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, one_of
+from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, SrcflowError, one_of
 from srcflow.flows.flow import Flow
+from srcflow.noise import Noise
+from srcflow.registry import build, spec_of
+from srcflow.trust import foreign
 
 PARTS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "compressor": Compressor, "flow": Flow}
 """Role -> base class of the parts, in the order of the chain."""
@@ -144,8 +147,33 @@ def locate(
     return {**places, "compressor" if "autoencoder" in built_on else "autoencoder": root}
 
 
-def save_bundle(path: str | os.PathLike[str], parts: Mapping[str, nn.Module]) -> Path:
+def recorded_noise(path: str | os.PathLike[str]) -> Noise | None:
+    """The noise law that a flow was trained under, as its directory or bundle records it; None if it does not, or there is no flow.
+
+    Raises:
+        ArtifactError: what is recorded cannot be used.
+    """
+    file = Path(path) / artifacts.MANIFEST
+    spec = artifacts.read_json(file).get("noise") if file.is_file() else None
+    if spec is None:
+        return None
+    if not isinstance(spec, dict) or foreign(spec, artifacts.GROUPS):
+        raise ArtifactError(
+            f"{file}: noise = {spec!r} is not a law of srcflow or of a distribution that registers parts. {artifacts.AGAIN}"
+        )
+    try:
+        return build(spec, Noise, key="noise")
+    except SrcflowError as e:
+        raise ArtifactError(f"{file}: {e}") from e
+
+
+def save_bundle(path: str | os.PathLike[str], parts: Mapping[str, nn.Module], noise: Noise | None = None) -> Path:
     """Write parts (role -> module) into one self-contained directory, which may be moved anywhere; returns it.
+
+    Args:
+        path: the directory.
+        parts: role -> module.
+        noise: the noise law that the flow was trained under, to be recorded.
 
     Raises:
         ArtifactError: the directory exists and is not a bundle.
@@ -165,6 +193,7 @@ def save_bundle(path: str | os.PathLike[str], parts: Mapping[str, nn.Module]) ->
             "srcflow": srcflow.__version__,
             "revision": artifacts.revision(),
             "parts": hashes,
+            **({} if noise is None else {"noise": spec_of(noise)}),
         }
         (work / artifacts.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         if target.exists():

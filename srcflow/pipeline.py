@@ -3,37 +3,42 @@
     autoencoder.features + noise -> autoencoder.normalize -> compressor.compress -> flow.forward
     flow.inverse -> compressor.expand -> autoencoder.decode
 
-Only this module knows the chain. It needs neither Lightning nor the command line.
+The codec's part of it is in `codec`. This module needs neither Lightning nor the command line.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 from srcflow import artifacts, randomness
 from srcflow.autoencoders.base import Autoencoder
-from srcflow.chain import PARTS, DenoiserName, check_chain, check_denoising, locate, save_bundle
+from srcflow.chain import PARTS, DenoiserName, check_chain, check_denoising, locate, recorded_noise, save_bundle
+from srcflow.codec import Codec, like_weights
 from srcflow.compressors.base import Compressor
 from srcflow.compressors.identity import Identity
 from srcflow.errors import ArtifactError, ConfigError, ShapeError
 from srcflow.flows.flow import Flow
 from srcflow.flows.temperatures import check_temperature
 from srcflow.guidance.base import Guidance
-from srcflow.metrics.non_finite import NonFiniteImagesWarning, finite_rows, to_unit_range
-from srcflow.noise import Noise, draw
+from srcflow.metrics.non_finite import NonFiniteImagesWarning, finite_rows
+from srcflow.noise import Noise
 from srcflow.solvers.base import Solver
-from srcflow.types import Condition, Grid
+from srcflow.types import Codes, Condition, Grid
+
+RECORDED: Final = "recorded"
+"""The noise law that a flow was trained under, as its directory records it."""
 
 
 class Pipeline:
-    """Autoencoder, compressor and flow, in eval mode.
+    """Autoencoder, compressor and flow. Every call evaluates them in eval mode, and leaves them in the mode they were in.
 
     >>> pipeline = Pipeline.from_pretrained("runs/demo/flow/artifact")        # doctest: +SKIP
     >>> images = pipeline.sample(Condition(labels=torch.arange(10)), seed=0)   # (10, 3, H, W) in [0, 1]   # doctest: +SKIP
@@ -42,15 +47,18 @@ class Pipeline:
         autoencoder: images <-> normalised features.
         compressor: features <-> codes; None means Identity.
         flow: codes <-> noise; None for a codec only (encode, decode, reconstruct).
+        noise: the noise law that the flow was trained under, which its directory records; None: not known.
 
     Raises:
         ConfigError: the widths or token counts of two parts disagree; names both.
     """
 
-    def __init__(self, autoencoder: Autoencoder, compressor: Compressor | None = None, flow: Flow | None = None) -> None:
-        self.autoencoder = autoencoder.eval()
-        self.compressor = (Identity(autoencoder.dim) if compressor is None else compressor).eval()
-        self.flow = None if flow is None else flow.eval()
+    def __init__(
+        self, autoencoder: Autoencoder, compressor: Compressor | None = None, flow: Flow | None = None, noise: Noise | None = None
+    ) -> None:
+        self.autoencoder = autoencoder
+        self.compressor = Identity(autoencoder.dim).eval() if compressor is None else compressor
+        self.flow, self.noise = flow, noise
         check_chain(self.autoencoder, self.compressor, self.flow)
         if self.autoencoder.needs_statistics:
             raise ConfigError(
@@ -92,33 +100,50 @@ class Pipeline:
         indices: Sequence[int] | Tensor | None = None,
         draw_number: int = 0,
     ) -> Tensor:
-        """Codes (B, N, d) of images; float64 for a flow in float64.
+        """Codes (B, N, d) of images; float64 for a flow in float64. `codes` gives their grid as well, and takes the same arguments."""
+        return self.codes(images, noise=noise, seed=seed, indices=indices, draw_number=draw_number).x
+
+    @torch.no_grad()
+    def codes(
+        self,
+        images: Tensor,
+        *,
+        noise: Noise | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | Tensor | None = None,
+        draw_number: int = 0,
+    ) -> Codes:
+        """Codes (B, N, d) of images and their grid; float64 for a flow in float64.
 
         Args:
-            images: (B, 3, H, W), float in [0, 1] or uint8.
+            images: (B, 3, H, W), float in [0, 1] or uint8. Other sizes than the nominal one work where every part can take them.
             noise: noise law for the features, None for clean codes.
             seed: of the noise.
             indices: (B,) sample indices that key the noise; None means 0 .. B-1.
             draw_number: which of a sample's draws.
 
         Raises:
-            ShapeError: the parts cannot take images of this size; names it, and the size they are built for.
+            ShapeError: a part cannot take images of this size; names it, and the size it is built for.
         """
-        raw = self._features(self._images(images))
-        eps = draw(noise, raw, seed=seed, purpose="pipeline.noise", step=draw_number, indices=self._indices(indices, raw.shape[0]))
-        codes = self.compressor.compress(self.autoencoder.normalize(raw, eps), self.autoencoder.grid)
-        return codes if self.flow is None else codes.to(torch.promote_types(codes.dtype, self.flow.prior_std.dtype))
+        with self._evaluating():
+            codec = Codec(self.autoencoder, self.compressor, noise, seed)
+            return self._for_flow(codec.codes(self._batch(images, indices), draw_number))
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
+    def decode(self, codes: Tensor | Codes, grid: Grid | None = None) -> Tensor:
         """Images (B, 3, H, W), float32, clamped to [0, 1], of codes (B, N, d).
 
         What is not finite does not become a pixel: it is NaN (an image of codes that are not finite everywhere), and a
         `NonFiniteImagesWarning` says how many images have such numbers.
+
+        Args:
+            codes: the codes, with their grid or without.
+            grid: of codes without; None means the nominal one.
         """
-        grid = self.autoencoder.grid if grid is None else grid
-        features = self.compressor.expand(like_weights(codes, self.compressor), grid)
-        images = to_unit_range(self.autoencoder.decode(like_weights(features, self.autoencoder), grid), codes)
+        if not isinstance(codes, Codes):
+            codes = Codes(codes, self.autoencoder.grid if grid is None else grid)
+        with self._evaluating():
+            images = Codec(self.autoencoder, self.compressor).images(codes)
         bad = int((~finite_rows(images)).sum())
         if bad:
             cure = "Lower the guidance or the temperature, draw with another seed, or look for non-finite weights."
@@ -130,7 +155,7 @@ class Pipeline:
         self, images: Tensor, *, noise: Noise | None = None, seed: int = 0, indices: Sequence[int] | Tensor | None = None
     ) -> Tensor:
         """Images to codes and back: (B, 3, H, W) in [0, 1]; arguments as `encode`."""
-        return self.decode(self.encode(images, noise=noise, seed=seed, indices=indices))
+        return self.decode(self.codes(images, noise=noise, seed=seed, indices=indices))
 
     # --- the flow --------------------------------------------------------------------------------------------------------------
 
@@ -209,14 +234,15 @@ class Pipeline:
         z = z.to(self.device, torch.promote_types(z.dtype, flow.prior_std.dtype))
         if flow.learn_prior:
             z = z * flow.prior_std
-        codes = flow.inverse(
-            z,
-            given,
-            guidance=guidance,
-            solver=solver,
-            temperature=temperature,
-            attention_temperature=attention_temperature,
-        )
+        with self._evaluating():
+            codes = flow.inverse(
+                z,
+                given,
+                guidance=guidance,
+                solver=solver,
+                temperature=temperature,
+                attention_temperature=attention_temperature,
+            )
         return codes if denoise is None else self.denoise_codes(codes, given, denoise=denoise, denoiser=denoiser)
 
     @torch.no_grad()
@@ -249,7 +275,7 @@ class Pipeline:
         images: Tensor,
         condition: Condition | None = None,
         *,
-        noise: Noise | None,
+        noise: Noise | Literal["recorded"] | None = RECORDED,
         draws: int = 1,
         seed: int = 0,
         indices: Sequence[int] | Tensor | None = None,
@@ -262,25 +288,30 @@ class Pipeline:
         Args:
             images: (B, 3, H, W), float in [0, 1] or uint8.
             condition: labels or text; None means the null condition.
-            noise: the noise the flow was trained under.
-            draws: noise draws per image.
+            noise: noise law of the features; "recorded": the one the flow was trained under, None: clean codes.
+            draws: noise draws per image; the encoder runs once.
             seed: of the noise.
             indices: (B,) sample indices that key the noise; None means 0 .. B-1.
 
         Raises:
-            ShapeError: see `encode`.
+            ConfigError: the flow's directory does not record its noise.
+            ShapeError: see `codes`.
         """
-        if draws < 1:
-            raise ConfigError("draws", draws, "an expectation needs at least one draw.")
-        total = torch.zeros((), device=self.device)
-        for k in range(draws):
-            codes = self.encode(images, noise=noise, seed=seed, indices=indices, draw_number=k)
-            total = total + self._flow().log_prob(codes, condition)
+        flow, total = self._flow(), torch.zeros((), device=self.device)
+        with self._evaluating():
+            for codes in self._draws(images, noise, draws, seed, indices):
+                total = total + flow.log_prob(codes.x, condition, grid=codes.grid)
         return total / draws
 
     @torch.no_grad()
     def classify(
-        self, images: Tensor, *, noise: Noise | None, draws: int = 1, seed: int = 0, indices: Sequence[int] | Tensor | None = None
+        self,
+        images: Tensor,
+        *,
+        noise: Noise | Literal["recorded"] | None = RECORDED,
+        draws: int = 1,
+        seed: int = 0,
+        indices: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Log-probabilities (B, classes) of the classes given the image under a uniform prior, by Bayes' rule on the flow's likelihoods.
 
@@ -289,12 +320,10 @@ class Pipeline:
         Raises:
             ConfigError: the flow is not class-conditional.
         """
-        if draws < 1:
-            raise ConfigError("draws", draws, "an expectation needs at least one draw.")
-        joint = torch.zeros((), device=self.device)
-        for k in range(draws):
-            codes = self.encode(images, noise=noise, seed=seed, indices=indices, draw_number=k)
-            joint = joint + self._flow().class_log_probs(codes) / draws
+        flow, joint = self._flow(), torch.zeros((), device=self.device)
+        with self._evaluating():
+            for codes in self._draws(images, noise, draws, seed, indices):
+                joint = joint + flow.class_log_probs(codes.x, grid=codes.grid) / draws
         return joint.log_softmax(1)
 
     @torch.no_grad()
@@ -325,13 +354,18 @@ class Pipeline:
         if steps < 2:
             raise ConfigError("steps", steps, "an interpolation has at least its two end points.")
         flow = self._flow()
-        a, b = (flow(self.encode(x, noise=noise, seed=seed), condition).z.flatten(1) for x in (first, second))
-        cosine = torch.nn.functional.cosine_similarity(a, b).clamp(-1 + 1e-6, 1 - 1e-6)
-        angle = torch.acos(cosine)[:, None]
-        frames = []
-        for t in torch.linspace(0.0, 1.0, steps).tolist():
-            z = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-            frames.append(self.decode(flow.inverse(z.reshape(-1, *self.code_shape), condition, guidance=guidance, solver=solver)))
+        ends = [self.codes(x, noise=noise, seed=seed) for x in (first, second)]
+        grid = ends[0].grid
+        with self._evaluating():
+            a, b = (flow(c.x, condition, grid=c.grid).z for c in ends)
+            shape, (a, b) = a.shape, (a.flatten(1), b.flatten(1))
+            cosine = torch.nn.functional.cosine_similarity(a, b).clamp(-1 + 1e-6, 1 - 1e-6)
+            angle = torch.acos(cosine)[:, None]
+            frames = []
+            for t in torch.linspace(0.0, 1.0, steps).tolist():
+                z = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+                x = flow.inverse(z.reshape(shape), condition, grid=grid, guidance=guidance, solver=solver)
+                frames.append(self.decode(Codes(x, grid)))
         return torch.stack(frames, dim=1)
 
     # --- directories -----------------------------------------------------------------------------------------------------------
@@ -369,7 +403,7 @@ class Pipeline:
         parts: dict[str, Any] = {
             role: artifacts.load(p, PARTS[role], weights=kind if role == last else "model") for role, p in places.items()
         }
-        return cls(**parts)
+        return cls(**parts, noise=recorded_noise(path))
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
         """Write all parts into one self-contained directory, which may be moved anywhere; returns it.
@@ -380,33 +414,49 @@ class Pipeline:
         parts: dict[str, nn.Module] = {role: getattr(self, role) for role in PARTS if getattr(self, role) is not None}
         for role, part in parts.items():
             artifacts.check_finite(part.state_dict(), role)
-        return save_bundle(path, parts)
+        return save_bundle(path, parts, self.noise)
 
     def _flow(self) -> Flow:
         if self.flow is None:
             raise ConfigError("pipeline.flow", None, "this pipeline is a codec without a flow.", "Load the flow stage's directory.")
         return self.flow
 
-    def _features(self, images: Tensor) -> Tensor:
-        """Raw features (B, N, D) of images (B, 3, H, W) of a size that gives the grid that everything is built for."""
-        size, (height, width) = tuple(images.shape[-2:]), self.autoencoder.image_size
-        rows, columns = self.autoencoder.grid
-        wrong = f"images of {size[0]} x {size[1]} pixels were given to a pipeline for images of {height} x {width}"
-        try:
-            raw, grid = self.autoencoder.features(images)
-        except (ValueError, AssertionError) as e:
-            if size == (height, width):
-                raise
-            raise ShapeError(f"{wrong}: {e} Resize or crop them.") from e
-        if tuple(grid) != (rows, columns):
-            raise ShapeError(f"{wrong}: they give {grid[0]} x {grid[1]} tokens, not {rows} x {columns}. Resize or crop them.")
-        return raw
-
-    def _images(self, images: Tensor) -> Tensor:
+    def _batch(self, images: Tensor, indices: Sequence[int] | Tensor | None) -> dict[str, Any]:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ShapeError(f"images are (B, 3, H, W), not {tuple(images.shape)}.")
-        images = images.to(self.device)
-        return images.float() / 255 if images.dtype == torch.uint8 else images
+        return {"images": images.to(self.device), "indices": self._indices(indices, images.shape[0])}
+
+    def _for_flow(self, codes: Codes) -> Codes:
+        return codes if self.flow is None else codes._replace(x=codes.x.to(torch.promote_types(codes.x.dtype, self.flow.prior_std.dtype)))
+
+    def _draws(
+        self, images: Tensor, noise: Noise | Literal["recorded"] | None, draws: int, seed: int, indices: Sequence[int] | Tensor | None
+    ) -> Iterator[Codes]:
+        """Codes of images under each of several draws of the noise; the encoder runs once."""
+        if draws < 1:
+            raise ConfigError("draws", draws, "an expectation needs at least one draw.")
+        if noise == RECORDED:
+            if self.noise is None:
+                why = "this flow's directory does not record what noise it was trained under (an older one, or a converted flow)."
+                raise ConfigError("noise", RECORDED, why, "Give noise=Constant(sigma), or noise=None for clean codes.")
+            noise = self.noise
+        codec = Codec(self.autoencoder, self.compressor, noise, seed)
+        features = codec.features(self._batch(images, indices))
+        for k in range(draws):
+            yield self._for_flow(codec.codes(features, k))
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Inside this block every part is in eval mode; then each module is as it was."""
+        parts = [part for part in (self.autoencoder, self.compressor, self.flow) if part is not None]
+        training = [m for part in parts for m in part.modules() if m.training]
+        for m in training:
+            m.training = False
+        try:
+            yield
+        finally:
+            for m in training:
+                m.training = True
 
     @staticmethod
     def _indices(indices: Sequence[int] | Tensor | None, n: int) -> Sequence[int] | Tensor:
@@ -415,14 +465,6 @@ class Pipeline:
         if len(indices) != n:
             raise ShapeError(f"{len(indices)} indices for {n} samples.")
         return indices
-
-
-def like_weights(x: Tensor, part: nn.Module) -> Tensor:
-    """x in the precision of a part's weights, which may be another than its neighbour's (a flow in float64 on a codec in float32)."""
-    for t in (*part.parameters(), *part.buffers()):
-        if t.is_floating_point():
-            return x.to(t.dtype)
-    return x
 
 
 def load_negative(guidance: Guidance | None, device: torch.device | str) -> None:

@@ -30,6 +30,7 @@ class Batch(TypedDict, total=False):
 
     images: Tensor  # (B, 3, H, W) uint8
     features: Tensor  # (B, N, D) raw features of unit RMS, from a feature store
+    deviation: Tensor  # (B, N, D) of the features' posterior, from a feature store
     grid: Grid  # of `features`
     labels: Tensor  # (B,) int64, -1 where there is none
     indices: Tensor  # (B,) int64, global sample index: the key of a sample's random numbers
@@ -133,6 +134,29 @@ class Condition:
 
 def _condition(fields: dict[str, Tensor]) -> Condition:
     return Condition(**fields)
+
+
+class Codes(NamedTuple):
+    """Codes x (B, N, d) and their token grid (rows, columns)."""
+
+    x: Tensor
+    grid: Grid
+
+
+class Features(NamedTuple):
+    """Raw features of a batch, before noise and latent statistics.
+
+    Args:
+        mean: (B, N, D), at least float32: the features, or the mean of their posterior.
+        deviation: (B, N, D) standard deviation of a posterior, None for an encoder without.
+        grid: (rows, columns) of the tokens.
+        indices: (B,) global sample indices, which key what is drawn for them.
+    """
+
+    mean: Tensor
+    deviation: Tensor | None
+    grid: Grid
+    indices: Tensor
 
 
 class AffineParams(NamedTuple):

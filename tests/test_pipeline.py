@@ -15,6 +15,7 @@ from srcflow.autoencoders.base import Autoencoder
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.autoencoders.representation import RepresentationAutoencoder
 from srcflow.autoencoders.vit_decoder import ViTDecoder
+from srcflow.codec import Codec
 from srcflow.compressors.identity import Identity
 from srcflow.compressors.linear import Linear
 from srcflow.compressors.semantic import Semantic
@@ -31,6 +32,7 @@ from srcflow.metrics.non_finite import NonFiniteImagesWarning
 from srcflow.noise import Constant
 from srcflow.testing import perturb
 from srcflow.testing.expect import finite
+from srcflow.types import Features
 
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 
@@ -314,19 +316,104 @@ def test_samples_have_a_temperature(pipeline: Pipeline, monkeypatch: pytest.Monk
         pipeline.sample(2, seed=0, **{key: bad})  # type: ignore[arg-type]
 
 
-def test_images_of_another_size_are_named_with_the_pipelines_own(pipeline: Pipeline) -> None:
-    raw = Pipeline(pixels(), flow=pixel_flow())
-    for call in (
-        lambda p, x: p.encode(x),
-        lambda p, x: p.log_prob(x, noise=None),
-        lambda p, x: p.classify(x, noise=None),
-        lambda p, x: p.reconstruct(x),
-        lambda p, x: p.interpolate(x, x, 2),
+@pytest.mark.parametrize(("height", "width"), [(8, 2), (6, 6), (4, 10)])  # as many tokens in another order; more tokens; wide
+def test_images_of_another_size_work_where_every_part_can_take_them(height: int, width: int) -> None:
+    chain, x = Pipeline(pixels(), flow=pixel_flow()), (torch.rand(2, 3, height, width) * 255).round() / 255
+    codes = chain.codes(x)
+    assert codes.grid == (height // 2, width // 2)
+    assert codes.x.shape == (2, height * width // 4, 12)
+    torch.testing.assert_close(chain.reconstruct(x), x, atol=1e-6, rtol=0)
+    by_hand = chain.flow.log_prob(chain.encode(x), grid=codes.grid)  # type: ignore[union-attr]  # there is a flow
+    torch.testing.assert_close(chain.log_prob(x, noise=None), by_hand)
+    assert chain.classify(x, noise=None).shape == (2, 3)
+    frames = chain.interpolate(x, x.flip(0), 3)
+    assert frames.shape == (2, 3, 3, height, width)
+    torch.testing.assert_close(frames[:, 0], x, atol=1 / 255, rtol=0)
+
+
+def test_images_of_another_size_are_refused_by_the_part_that_cannot_take_them(pipeline: Pipeline) -> None:
+    with pytest.raises(ShapeError, match="images of 5 x 5 pixels cannot be encoded: PixelPatches is built for 4 x 4"):
+        Pipeline(pixels(), flow=pixel_flow()).encode(torch.rand(1, 3, 5, 5))
+    learned = Pipeline(pixels(), flow=presets.tarflow(2, 12, 32, 1, 1, head_dim=16))
+    with pytest.raises(ShapeError, match="learned positions were built for the grid"):
+        learned.log_prob(torch.rand(1, 3, 6, 6), noise=None)
+    features = Features(torch.zeros(1, 6, pipeline.autoencoder.dim), None, (2, 3), torch.tensor([0]))
+    with pytest.raises(
+        ShapeError, match=r"2 x 3 tokens cannot be normalised: the statistics of RepresentationAutoencoder are per position"
     ):
-        for height, width in ((8, 2), (6, 6), (5, 5)):  # as many tokens in another order; more tokens; no whole patches
-            with pytest.raises(ShapeError, match=rf"images of {height} x {width} pixels .* pipeline for images of 4 x 4"):
-                call(raw, torch.rand(2, 3, height, width))
+        Codec(pipeline.autoencoder, pipeline.compressor).codes(features)
     assert pipeline.encode(torch.rand(1, 3, 24, 20)).shape == (1, *pipeline.code_shape)  # this encoder resizes
+
+
+def test_the_noise_that_a_flow_was_trained_under_is_recorded(tmp_path: Path) -> None:
+    known = Pipeline(pixels(), flow=pixel_flow(), noise=Constant(0.3))
+    x, labels = torch.rand(2, 3, 4, 4), Condition(labels=torch.tensor([0, 2]))
+    again = Pipeline.from_pretrained(known.save_pretrained(tmp_path / "bundle"))
+    for chain in (known, again):
+        assert torch.equal(chain.log_prob(x, labels, draws=2), known.log_prob(x, labels, noise=Constant(0.3), draws=2))
+        assert torch.equal(chain.classify(x), known.classify(x, noise=Constant(0.3)))
+        assert not torch.equal(chain.log_prob(x, labels), known.log_prob(x, labels, noise=None))
+    unknown = Pipeline.from_pretrained(Pipeline(pixels(), flow=pixel_flow()).save_pretrained(tmp_path / "older"))
+    with pytest.raises(ConfigError, match=r"noise = 'recorded'.*does not record what noise.*Give noise="):
+        unknown.log_prob(x, labels)
+
+
+def test_a_recorded_law_of_unknown_code_is_refused(tmp_path: Path) -> None:
+    path = Pipeline(pixels(), flow=pixel_flow(), noise=Constant(0.3)).save_pretrained(tmp_path / "bundle")
+    manifest = json.loads((path / "manifest.json").read_text())
+    for noise, message in (({"class_path": "evil.Law"}, "not a law"), ({"class_path": "Constant", "init_args": {"sigma": -1}}, "sigma")):
+        (path / "manifest.json").write_text(json.dumps({**manifest, "noise": noise}))
+        with pytest.raises(ArtifactError, match=message):
+            Pipeline.from_pretrained(path)
+
+
+def test_the_encoder_runs_once_however_many_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, calls = Pipeline(pixels(), flow=pixel_flow(), noise=Constant(0.3)), []
+    encode = chain.autoencoder.features
+    monkeypatch.setattr(chain.autoencoder, "features", lambda images: (calls.append(len(images)), encode(images))[1])
+    chain.log_prob(torch.rand(2, 3, 4, 4), draws=3)
+    chain.classify(torch.rand(2, 3, 4, 4), draws=4)
+    assert calls == [2, 2]
+
+
+class Blurred(PixelPatches):
+    """Pixels with a posterior of deviation 0.1."""
+
+    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+        mean, grid = self.features(images)
+        return mean, torch.full_like(mean, 0.1), grid
+
+
+def test_draws_from_a_posterior_are_keyed_by_epoch_and_sample() -> None:
+    codec, images = Codec(Blurred(4, 2, scale="linear"), seed=3), torch.rand(4, 3, 4, 4)
+    batch = {"images": images, "indices": torch.tensor([7, 1, 5, 9])}
+    features = codec.features(batch)
+    whole = codec.codes(features, 0, "train", epoch=2).x
+    part = codec.codes({"images": images[1:3], "indices": torch.tensor([1, 5])}, 4, "other", epoch=2).x
+    assert torch.equal(whole[1:3], part)  # the step and the purpose key the noise, of which there is none
+    assert not torch.equal(whole, codec.codes(features, 0, "train", epoch=3).x)
+    assert not torch.equal(whole[0] - features.mean[0], whole[1] - features.mean[1])
+    drawn = torch.stack([codec.codes(features, 0, "train", epoch=e).x - features.mean for e in range(200)])
+    assert abs(float(drawn.std()) - 0.1) < 0.002
+    assert abs(float(drawn.mean())) < 0.002
+    stored = codec.codes({"features": features.mean, "deviation": features.deviation, "grid": (2, 2), "indices": batch["indices"]}, epoch=2)
+    assert torch.equal(stored.x, whole)
+
+
+def test_a_pipeline_leaves_its_parts_in_the_mode_they_were_in() -> None:
+    flow = pixel_flow().train()
+    flow.blocks[0].eval()
+    chain = Pipeline(pixels().train(), flow=flow)
+    modes = [m.training for part in (chain.autoencoder, flow) for m in part.modules()]
+    assert True in modes
+    assert False in modes
+    seen = []
+    flow.blocks[1].register_forward_pre_hook(lambda module, given: seen.append(module.training))
+    chain.sample(1, seed=0)
+    chain.log_prob(torch.rand(1, 3, 4, 4), noise=None)
+    chain.reconstruct(torch.rand(1, 3, 4, 4))
+    assert [m.training for part in (chain.autoencoder, flow) for m in part.modules()] == modes
+    assert not any(seen)
 
 
 @pytest.mark.parametrize("part", ["autoencoder", "compressor", "flow"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from srcflow.noise import Noise
@@ -39,6 +40,15 @@ class Autoencoder(nn.Module, metaclass=Recorded):
     @abstractmethod
     def features(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Raw features (B, N, D) of images (B, 3, H, W) in [0, 1], and their grid; no gradient."""
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None, Grid]:
+        """Mean (B, N, D) and standard deviation (B, N, D), or None, of the raw features of images (B, 3, H, W) in [0, 1]; their grid.
+
+        An encoder whose features are not random has no deviation, and its features are the mean.
+        """
+        mean, grid = self.features(images)
+        return mean, None, grid
 
     @abstractmethod
     def normalize(self, raw: Tensor, noise: Tensor | None = None) -> Tensor:

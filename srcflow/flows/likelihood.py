@@ -1,4 +1,4 @@
-"""Densities: the flow's prior, and the training loss."""
+"""The density of a flow's prior."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from srcflow.types import FlowOutput
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -20,8 +18,3 @@ def normal_log_prob(z: Tensor, std: Tensor | None = None) -> Tensor:
         return -0.5 * z.square().flatten(1).sum(1) - constant
     std = std.to(z.dtype)
     return -0.5 * (z / std).square().flatten(1).sum(1) - std.log().sum() - constant
-
-
-def nll_per_dim(out: FlowOutput) -> Tensor:
-    """Negative log-likelihood (B,) in nats per dimension under the standard normal prior, constant included (E15)."""
-    return -(normal_log_prob(out.z) + out.logdet) / out.z.shape[1:].numel()

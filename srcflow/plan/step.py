@@ -9,22 +9,21 @@ from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from srcflow.autoencoders.base import Autoencoder
+from srcflow.codec import Codec
 from srcflow.compressors.base import Compressor
 from srcflow.errors import ConfigError
-from srcflow.flows.flow import Steps
-from srcflow.flows.likelihood import normal_log_prob
-from srcflow.losses.perceptual import LPIPS
-from srcflow.losses.reconstruction import feature_loss, pixel_loss
+from srcflow.losses.perceptual import LPIPS, Perceptual
 from srcflow.nn.unregistered import Unregistered
+from srcflow.objectives.flow import FlowObjective, denoiser_error, flow_objective
+from srcflow.objectives.reconstruction import ImageWeights, adversarial_objective, feature_objective, image_objective
 from srcflow.tasks.autoencoder import AutoencoderTask
 from srcflow.tasks.base import Task
 from srcflow.tasks.compressor import CompressorTask
 from srcflow.tasks.flow import FlowTask
 from srcflow.tasks.reconstruction import ReconstructionTask
-from srcflow.types import Condition, Grid
+from srcflow.types import Condition, Features
 
 T = TypeVar("T")
 
@@ -96,12 +95,14 @@ class Stage:
             raise ConfigError("model", type(self.task).__name__, "is none of the three stages' tasks.")
         phases("backward", loss.backward)  # what else the step made is gone by now, as when a task's training_step has returned
 
-    def features(self, autoencoder: Autoencoder, batch: int, device: str) -> tuple[Tensor, Grid]:
-        """Raw features and their grid, computed from images or as a store gives them."""
-        if self.stored:
-            rows, columns = autoencoder.grid
-            return torch.zeros(batch, rows * columns, autoencoder.dim, device=device), (rows, columns)
-        return autoencoder.features(_images(autoencoder, batch, device))
+    def features(self, codec: Codec, batch: int, device: str) -> Features:
+        """Raw features, computed from images or as a store gives them."""
+        autoencoder, indices = codec.autoencoder, torch.zeros(batch, dtype=torch.int64)
+        if not self.stored:
+            return codec.features({"images": _images(autoencoder, batch, device), "indices": indices})
+        rows, columns = autoencoder.grid
+        stored = torch.zeros(batch, rows * columns, autoencoder.dim, device=device)
+        return codec.features({"features": stored, "grid": (rows, columns), "indices": indices})
 
 
 def _images(autoencoder: Autoencoder, batch: int, device: str) -> Tensor:
@@ -134,27 +135,20 @@ def _flow(stage: Stage, task: FlowTask, phases: Phases, batch: int, device: str)
         if autoencoder is None or compressor is None:
             return empty
         with torch.no_grad():
-            raw, grid = stage.features(autoencoder, batch, device)
-            return compressor.compress(autoencoder.normalize(raw), grid).float()
+            codec = Codec(autoencoder, compressor)
+            return codec.codes(stage.features(codec, batch, device)).x
 
-    x = phases("frozen parts", codes).detach().requires_grad_(flow.self_denoiser is not None)
+    trains_denoiser = flow.self_denoiser is not None
+    x = phases("frozen parts", codes).detach().requires_grad_(trains_denoiser)
     condition = Condition(labels=torch.zeros(batch, dtype=torch.int64, device=device)) if flow.num_classes else None
 
-    def forward() -> tuple[Tensor, Steps]:
-        steps = flow.steps(x, condition)
-        z = steps.blocks[-1].z
-        loss = -(normal_log_prob(z).mean() + steps.logdet.mean()) / z.shape[1:].numel()
-        if task.latent_norm_weight > 0:
-            penalty = sum((o.z.square().mean() for o in steps.blocks[:-1]), start=steps.y.square().mean())
-            loss = loss + task.latent_norm_weight * penalty
-        return loss, steps
+    def forward() -> FlowObjective:
+        return flow_objective(flow, x, condition, latent_norm_weight=task.latent_norm_weight)
 
-    def denoiser() -> Tensor:
-        (score,) = torch.autograd.grad((normal_log_prob(steps.blocks[-1].z) + steps.logdet).sum(), x, retain_graph=True)
-        return F.mse_loss(flow.denoiser(x.detach(), condition), -score.detach())
-
-    loss, steps = phases("forward", forward)
-    return loss if flow.self_denoiser is None else loss + phases("denoiser", denoiser)
+    found = phases("forward", forward)
+    if not trains_denoiser:
+        return found.total
+    return found.total + phases("denoiser", lambda: denoiser_error(flow, x, condition, found.likelihood, 1.0))
 
 
 def _reconstruction(stage: Stage, task: ReconstructionTask, phases: Phases, batch: int, device: str) -> Tensor:
@@ -164,33 +158,32 @@ def _reconstruction(stage: Stage, task: ReconstructionTask, phases: Phases, batc
         raise ConfigError("model.autoencoder", None, "is not known.", "Name the configuration that writes it: --stages FILE.")
     else:
         autoencoder = stage.autoencoder
-    images = _images(autoencoder, batch, device)
-    raw, grid = phases("frozen parts", lambda: stage.features(autoencoder, batch, device))
-    clean = autoencoder.normalize(raw)
+    images, codec = _images(autoencoder, batch, device), Codec(autoencoder)
+    features = phases("frozen parts", lambda: stage.features(codec, batch, device))
+    clean = codec.normalized(features, 0, "plan")
 
     def reconstruct() -> tuple[Tensor | None, Tensor | None]:
         if isinstance(task, AutoencoderTask):
-            return None, task.reconstruct(raw, grid, None)
+            return None, task.reconstruct(features, None, 0, "plan")
         compressor = cast(CompressorTask, task).compressor
-        _, features = compressor(clean, grid)
-        return features, autoencoder.decode(features, grid) if task.decodes else None
+        _, expanded = compressor(clean, features.grid)
+        return expanded, codec.decoded(expanded, features.grid) if task.decodes else None
 
-    features, fake = phases("forward", reconstruct)
+    expanded, fake = phases("forward", reconstruct)
 
     def losses() -> Tensor:
         loss = torch.zeros((), device=device)
         if fake is not None:
-            loss = loss + pixel_loss(fake, images, task.pixel_kind)
-            if "perceptual" in task.outside:
-                loss = loss + task.outside["perceptual"](fake, images)
+            weights = ImageWeights(task.pixel_weight, task.pixel_kind, task.perceptual_weight)
+            loss = loss + image_objective(fake, images, weights, cast("Perceptual | None", task.outside.get("perceptual"))).total
             if task.discriminator is not None:
-                game = task.discriminator.adversarial
-                game.discriminator_loss(images, fake)[0].backward()  # type: ignore[no-untyped-call]  # torch is untyped here
-                term = game.generator_loss(fake)
+                adversarial = task.discriminator.adversarial
+                adversarial.discriminator_loss(images, fake)[0].backward()  # type: ignore[no-untyped-call]  # torch is untyped here
                 last = task.last_layer()
-                loss = loss + (term if last is None else game.adaptive_weight(loss, term, last) * term)
-        if features is not None and isinstance(task, CompressorTask) and task.feature_weight > 0:
-            loss = loss + feature_loss(features, clean)
+                game = adversarial.generator_loss(fake) if last is None else adversarial_objective(adversarial, loss, fake, last).total
+                loss = loss + game
+        if expanded is not None and isinstance(task, CompressorTask) and task.feature_weight > 0:
+            loss = loss + feature_objective(expanded, clean, task.feature_weight).total
         return loss
 
     return phases("losses", losses)

@@ -8,9 +8,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from srcflow.autoencoders.base import Autoencoder
+from srcflow.noise import Noise
 from srcflow.statistics import Moments
 from srcflow.tasks.reconstruction import ReconstructionTask
-from srcflow.types import Batch, Grid
+from srcflow.types import Batch, Features
 
 
 class AutoencoderTask(ReconstructionTask):
@@ -57,21 +58,19 @@ class AutoencoderTask(ReconstructionTask):
         rows, columns = self.autoencoder.grid
         moments = Moments((rows * columns, self.autoencoder.dim))
         for batch in self.training_batches(self.statistics_batches, augmented=False):
-            raw, _ = self.features_from(batch, self.autoencoder)
-            moments.update(raw, batch["valid"])
+            moments.update(self.features_of(batch).mean, batch["valid"])
         total = moments.all_reduced()
         cast(Any, self.autoencoder).fit_statistics(total)  # what says that it needs statistics takes them
         rank_zero_info(f"Latent statistics fitted on {total.count} images.")
 
-    def reconstruct(self, raw: Tensor, grid: Grid, noise: Tensor | None) -> Tensor:
+    def reconstruct(self, features: Features, noise: Noise | None, draw: int, purpose: str, epoch: int | None = None) -> Tensor:
         """See `ReconstructionTask.reconstruct`."""
-        return self.autoencoder.decode(self.autoencoder.normalize(raw, noise), grid)
+        codec = self.chain.under(noise)
+        return codec.decoded(codec.normalized(features, draw, purpose, epoch=epoch), features.grid)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The image losses of reconstructions from noisy features."""
-        images = self.images_from(batch)
-        raw, grid = self.features_from(batch, self.autoencoder)
-        noise = self.noise_for(self.noise, raw, batch["indices"], "train")
-        loss = self.image_loss(self.reconstruct(raw, grid, noise), images, batch, batch_idx)
+        fake = self.reconstruct(self.features_of(batch), self.noise, self.global_step, "train", epoch=self.current_epoch)
+        loss = self.image_loss(fake, self.images_from(batch), batch, batch_idx)
         self.log("train/loss", loss.detach())
         return loss

@@ -20,10 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DistributedSampler
 
 import srcflow
-from srcflow import artifacts, noise
+from srcflow import artifacts
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, like
 from srcflow.callbacks.non_finite import BadStep, NonFiniteGuard
+from srcflow.codec import Codec
 from srcflow.data.manifest import weights_hash
 from srcflow.datamodules.base import DataModule, Resumable
 from srcflow.datamodules.feature_store import FeatureStore
@@ -34,7 +35,7 @@ from srcflow.tasks.checkpoint import FACTS, refuse_foreign
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.report import table, write_metrics
 from srcflow.trust import foreign
-from srcflow.types import Batch, Grid
+from srcflow.types import Batch, Features
 
 M = TypeVar("M", bound=nn.Module)
 Weights = Literal["ema", "raw"]
@@ -294,18 +295,6 @@ class Task(L.LightningModule):
 
     # --- random numbers and batches ----------------------------------------------------------------------------------------------
 
-    def noise_for(self, law: noise.Noise | None, raw: Tensor, indices: Tensor, purpose: str, step: int | None = None) -> Tensor | None:
-        """Noise for raw features (B, N, D), on their device, keyed by the task's seed, `purpose`, `step` and the samples' indices.
-
-        Args:
-            law: the noise law, None for no noise.
-            raw: the features the noise is for.
-            indices: (B,) global sample indices.
-            purpose: names the use, so that two uses never share numbers.
-            step: None in training: the optimizer step; in evaluation: the number of the draw.
-        """
-        return noise.draw(law, raw, seed=self.seed, purpose=purpose, step=self.global_step if step is None else step, indices=indices)
-
     def images_from(self, batch: Batch) -> Tensor:
         """Images (B, 3, H, W) float32 in [0, 1] of a batch.
 
@@ -319,13 +308,25 @@ class Task(L.LightningModule):
             image_sizes.check_images(tuple(batch["images"].shape[-2:]), codec)
         return batch["images"].to(self.device).float().div_(255)
 
-    def features_from(self, batch: Batch, autoencoder: Autoencoder) -> tuple[Tensor, Grid]:
-        """Raw features (B, N, D), at least float32, and their grid: stored ones where the batch has them."""
-        if "features" in batch:
-            raw, grid = batch["features"].to(self.device), cast(Grid, tuple(int(g) for g in batch["grid"]))
-        else:
-            raw, grid = autoencoder.features(self.images_from(batch))
-        return raw.to(torch.promote_types(raw.dtype, torch.float32)), grid
+    def features_of(self, batch: Batch) -> Features:
+        """Raw features of a batch, at least float32, on the task's device: stored ones where the batch has them.
+
+        Raises:
+            ConfigError: the batch has neither features nor images.
+        """
+        source: dict[str, Any] = {k: v.to(self.device) if isinstance(v, Tensor) and k != "indices" else v for k, v in batch.items()}
+        if "features" not in batch:
+            source["images"] = self.images_from(batch)
+        return self.chain.features(source)
+
+    @property
+    def chain(self) -> Codec:
+        """The parts that turn a batch into codes; stages define it."""
+        return Codec(cast(Autoencoder, self.codec_of_run()), None, None, self.seed)
+
+    def epoch_of(self, step: int | None) -> int | None:
+        """Key of a draw from a posterior: the epoch in training (`step` None), else the number of the draw (None: see `Codec`)."""
+        return self.current_epoch if step is None else None
 
     def training_batches(self, limit: int | None = None, *, augmented: bool = True) -> Iterator[Batch]:
         """Batches of the training set on the device, before training starts: for statistics. Every rank gets its own share.

@@ -9,15 +9,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from srcflow.autoencoders.base import Autoencoder
+from srcflow.codec import Codec
 from srcflow.compressors.base import Compressor
 from srcflow.errors import ConfigError, Problems
-from srcflow.losses.reconstruction import feature_loss
 from srcflow.metrics.codes import EIGENVALUE_FLOOR, KURTOSIS_CEILING, NOISE_STD_FLOOR, CodeHealth, warnings_for
 from srcflow.metrics.non_finite import finite_rows
-from srcflow.pipeline import like_weights
+from srcflow.noise import Noise
+from srcflow.objectives.reconstruction import feature_objective
 from srcflow.statistics import Moments, principal_components
 from srcflow.tasks.reconstruction import ReconstructionTask
-from srcflow.types import Batch, Grid
+from srcflow.types import Batch, Features
 
 
 class CompressorTask(ReconstructionTask):
@@ -100,37 +101,36 @@ class CompressorTask(ReconstructionTask):
             return
         moments = Moments(self.compressor.dim, covariance=True)
         for batch in self.training_batches(self.statistics_batches, augmented=False):
-            raw, _ = self.features_from(batch, self.codec)
-            moments.update(self.codec.normalize(raw), batch["valid"])
+            moments.update(self.codec.normalize(self.features_of(batch).mean), batch["valid"])
         components = principal_components(moments.all_reduced(), self.compressor.code_dim)
         self.compressor.init_from_pca(components.mean, components.components)
         rank_zero_info(
             f"PCA: {self.compressor.code_dim} of {self.compressor.dim} components keep {components.explained:.1%} of the variance."
         )
 
-    def reconstruct(self, raw: Tensor, grid: Grid, noise: Tensor | None) -> Tensor:
-        """See `ReconstructionTask.reconstruct`."""
-        _, features = self.compressor(self._normalized(raw, noise), grid)
-        return self.codec.decode(like_weights(features, self.codec), grid)
+    @property
+    def chain(self) -> Codec:
+        """The frozen autoencoder and the compressor that is trained."""
+        return Codec(self.codec, self.compressor, self.noise, self.seed)
 
-    def _normalized(self, raw: Tensor, noise: Tensor | None) -> Tensor:
-        """Normalised features in the compressor's precision, which may be another than the frozen codec's."""
-        return like_weights(self.codec.normalize(raw, noise), self.compressor)
+    def reconstruct(self, features: Features, noise: Noise | None, draw: int, purpose: str) -> Tensor:
+        """See `ReconstructionTask.reconstruct`."""
+        _, expanded = self.compressor(self.chain.under(noise).normalized(features, draw, purpose), features.grid)
+        return self.chain.decoded(expanded, features.grid)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The image losses of decoded codes, and the feature loss."""
-        raw, grid = self.features_from(batch, self.codec)
-        noise = self.noise_for(self.noise, raw, batch["indices"], "train")
-        _, features = self.compressor(self._normalized(raw, noise), grid)
-        loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
+        features, chain = self.features_of(batch), self.chain
+        noisy = chain.normalized(features, self.global_step, "train", epoch=self.current_epoch)
+        _, expanded = self.compressor(noisy, features.grid)
+        loss = expanded.new_zeros((), dtype=torch.promote_types(expanded.dtype, torch.float32))
         if self.decodes:
-            loss = loss + self.image_loss(
-                self.codec.decode(like_weights(features, self.codec), grid), self.images_from(batch), batch, batch_idx
-            )
+            loss = loss + self.image_loss(chain.decoded(expanded, features.grid), self.images_from(batch), batch, batch_idx)
         if self.feature_weight > 0:
-            term = feature_loss(features, self._normalized(raw, None))
-            self.log("train/feature", term.detach(), prog_bar=True)
-            loss = loss + self.feature_weight * term
+            clean = chain.under(None).normalized(features, self.global_step, "train", epoch=self.current_epoch)
+            term, terms = feature_objective(expanded, clean, self.feature_weight)
+            self.log("train/feature", terms["feature"], prog_bar=True)
+            loss = loss + term
         self.log("train/loss", loss.detach())
         return loss  # type: ignore[no-any-return]  # torch is untyped here
 
@@ -148,13 +148,8 @@ class CompressorTask(ReconstructionTask):
         super().evaluate(batch)
         if self._health is None:
             return
-        raw, grid = self.features_from(batch, self.codec)
-        draws = [
-            self.compressor.compress(
-                self._normalized(raw, self.noise_for(self.eval_noise, raw, batch["indices"], "evaluation", draw)), grid
-            )
-            for draw in range(self.health_draws)
-        ]
+        codec, features = self.chain.under(self.eval_noise), self.features_of(batch)
+        draws = [codec.codes(features, draw, "evaluation").x for draw in range(self.health_draws)]
         codes, valid = torch.stack(draws), batch["valid"].to(self.device)
         finite = finite_rows(codes.transpose(0, 1))
         self._bad_codes += (valid & ~finite).sum()

@@ -11,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from srcflow import artifacts, randomness
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.chain import check_chain, check_denoising, locate
+from srcflow.codec import Codec
 from srcflow.compressors.base import Compressor
 from srcflow.compressors.identity import Identity
 from srcflow.errors import ArtifactError, ConfigError, Problems
@@ -26,7 +26,9 @@ from srcflow.guidance.base import Guidance
 from srcflow.metrics.non_finite import counted_by_caller
 from srcflow.nn.attention import watch_logits
 from srcflow.noise import Constant, Noise
-from srcflow.pipeline import Pipeline, like_weights
+from srcflow.objectives.flow import flow_objective, likelihood
+from srcflow.pipeline import Pipeline
+from srcflow.registry import spec_of
 from srcflow.solvers.base import Solver
 from srcflow.statistics import Moments
 from srcflow.tasks import image_sizes
@@ -36,7 +38,7 @@ from srcflow.tasks.flow_extremes import extremes
 from srcflow.tasks.optimization import DEFAULT, Optimization
 from srcflow.tasks.reconstruction import check_judge
 from srcflow.tasks.strategies import gathered
-from srcflow.types import NULL_LABEL, Batch, BlockOutput, Condition, FlowOutput
+from srcflow.types import NULL_LABEL, Batch, BlockOutput, Codes, Condition, Features, FlowOutput
 
 
 class FlowTask(Task):
@@ -217,10 +219,11 @@ class FlowTask(Task):
     @property
     def pipeline(self) -> Pipeline:
         """The chain with the flow as it is now."""
-        training = self.flow.training
-        pipeline = Pipeline(self.autoencoder, self.compressor, self.flow)
-        self.flow.train(training)
-        return pipeline
+        return Pipeline(self.autoencoder, self.compressor, self.flow, self.noise)
+
+    def facts(self) -> dict[str, Any]:
+        """Also the noise law, so that likelihoods can be computed under it later."""
+        return {**super().facts(), "noise": None if self.noise is None else spec_of(self.noise)}
 
     def place(self) -> None:
         """See `Task.place`; also refuses to evaluate a flow that was never trained.
@@ -241,7 +244,7 @@ class FlowTask(Task):
             return
         moments = Moments(self.flow.channels, covariance=True)
         for batch in self.training_batches(self.statistics_batches):
-            moments.update(self.codes(batch, "norm2", 0), batch.get("valid"))
+            moments.update(self.codes(batch, "norm2", 0).x, batch.get("valid"))
         total = moments.all_reduced()
         norm2.fit(total.mean.to(self.device), total.covariance.to(self.device))
         rank_zero_info(f"Normalisation of the codes fitted on {total.count} tokens.")
@@ -256,18 +259,28 @@ class FlowTask(Task):
             for layer in getattr(trunk, "layers", []):
                 fully_shard(layer, mesh=ranks)
         fully_shard(self.flow, mesh=ranks)
-        for name in ("steps", "log_prob", "class_log_probs", "blocks_inverse", "inverse", "denoiser"):
+        for name in ("steps", "log_prob", "class_log_probs", "blocks_inverse", "solve", "inverse", "denoiser"):
             register_fsdp_forward_method(self.flow, name)
 
     # --- data --------------------------------------------------------------------------------------------------------------------
 
+    @property
+    def chain(self) -> Codec:
+        """The codec's parts under the flow's noise."""
+        return Codec(self.autoencoder, self.compressor, self.noise, self.seed)
+
     @torch.no_grad()
-    def codes(self, batch: Batch, purpose: str, step: int | None = None) -> Tensor:
-        """Noisy codes (B, N, d), at least float32, float64 for such a flow; keyed by `purpose`, `step` and the samples' indices."""
-        raw, grid = self.features_from(batch, self.autoencoder)
-        noise = self.noise_for(self.noise, raw, batch["indices"], purpose, step)
-        codes = self.compressor.compress(like_weights(self.autoencoder.normalize(raw, noise), self.compressor), grid)
-        return codes.to(torch.promote_types(codes.dtype, torch.promote_types(self.flow.prior_std.dtype, torch.float32)))
+    def codes(self, batch: Batch | Features, purpose: str, step: int | None = None) -> Codes:
+        """Noisy codes (B, N, d), at least float32, float64 for such a flow, and their grid.
+
+        Args:
+            batch: a batch, or its `features`.
+            purpose: names the use, so that two uses never share numbers.
+            step: None in training: the optimizer step; in evaluation: the number of the draw.
+        """
+        features = batch if isinstance(batch, Features) else self.features_of(batch)
+        codes = self.chain.codes(features, self.global_step if step is None else step, purpose, epoch=self.epoch_of(step))
+        return codes._replace(x=codes.x.to(torch.promote_types(codes.x.dtype, self.flow.prior_std.dtype)))
 
     def condition(self, batch: Batch, *, dropout: bool) -> Condition | None:
         """The condition of a batch, with labels dropped at random in training."""
@@ -289,30 +302,25 @@ class FlowTask(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean negative log-likelihood in nats per dimension, plus the latent-norm penalty."""
-        codes = self.codes(batch, "train").requires_grad_(self.flow.self_denoiser is not None)
-        condition = self.condition(batch, dropout=True)
-        first, outputs, logdet = self.flow.steps(codes, condition)
-        z = outputs[-1].z
-        dims = z.shape[1:].numel()
-        prior = -normal_log_prob(z).mean() / dims
-        volume = -logdet.mean() / dims
-        loss = nll = prior + volume
-        if self.latent_norm_weight > 0:
-            penalty = sum((o.z.square().mean() for o in outputs[:-1]), start=first.square().mean())
-            loss = nll + self.latent_norm_weight * penalty
-            self.log("train/latent_norm", penalty.detach())
-        if self.flow.self_denoiser is not None:
-            error = self._denoiser_loss(codes, condition, z, logdet)
-            self.log("train/denoiser", error.detach())
-            loss = loss + error
+        trains_denoiser = self.flow.self_denoiser is not None
+        codes = self.codes(batch, "train")
+        found = flow_objective(
+            self.flow,
+            codes.x.requires_grad_(trains_denoiser),
+            self.condition(batch, dropout=True),
+            grid=codes.grid,
+            latent_norm_weight=self.latent_norm_weight,
+            noise_deviation=cast(Constant, self.noise).sigma * self.autoencoder.noise_scale() if trains_denoiser else None,
+        )
+        outputs = found.likelihood.steps.blocks
         if self.flow.learn_prior and not self.apart:  # one batch whose square is the mean over all ranks
-            moments = cast(Tensor, self.trainer.strategy.reduce(z.detach().square().mean(0), reduce_op="mean"))
+            moments = cast(Tensor, self.trainer.strategy.reduce(outputs[-1].z.detach().square().mean(0), reduce_op="mean"))
             self.flow.update_prior(moments.sqrt()[None])
-        self.log("train/nll", nll.detach(), prog_bar=True)
-        self.log_dict({"train/prior": prior.detach(), "train/logdet": -volume.detach()})
+        for name, value in found.terms.items():
+            self.log(f"train/{name}", value, prog_bar=name == "nll")
         if (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
             self.log_dict(self._block_statistics(outputs, "train"))
-        return loss
+        return found.total
 
     def moving(self) -> dict[str, Tensor]:
         """The learned prior's running average."""
@@ -321,12 +329,6 @@ class FlowTask(Task):
     def statistics_of(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """See `Task.statistics_of`, and `flow_extremes.extremes`."""
         return extremes(self, batch)
-
-    def _denoiser_loss(self, codes: Tensor, condition: Condition | None, z: Tensor, logdet: Tensor) -> Tensor:
-        """Mean squared error of the denoiser's prediction against -s grad log p(x), about the unit noise (E20); trains nothing else."""
-        (score,) = torch.autograd.grad((normal_log_prob(z) + logdet).sum(), codes, retain_graph=True)
-        deviation = cast(Constant, self.noise).sigma * self.autoencoder.noise_scale()
-        return F.mse_loss(self.flow.denoiser(codes.detach(), condition), -deviation * score.detach())
 
     @torch.no_grad()
     def _block_statistics(self, outputs: list[BlockOutput], stage: str) -> dict[str, Tensor]:
@@ -352,10 +354,11 @@ class FlowTask(Task):
         """Negative log-likelihood under fixed noise, and its parts."""
         codes = self.codes(batch, "validation", 0)
         valid = batch["valid"].to(self.device)
+        std = self.flow.prior_std if self.flow.learn_prior else None
         watch: AbstractContextManager[list[Tensor]] = watch_logits() if batch_idx == 0 else nullcontext([])
         with watch as logits:
-            _, outputs, logdet = self.flow.steps(codes, self.condition(batch, dropout=False))
-        prior = -normal_log_prob(outputs[-1].z, self.flow.prior_std if self.flow.learn_prior else None)
+            found = likelihood(self.flow, codes.x, self.condition(batch, dropout=False), grid=codes.grid, std=std)
+        prior, logdet, outputs = found.prior, found.logdet, found.steps.blocks
         self._totals["count"] += valid.sum()
         self._totals["prior"] += prior[valid].double().sum()
         self._totals["logdet"] += logdet[valid].double().sum()
@@ -412,7 +415,8 @@ class FlowTask(Task):
         codes = self.codes(batch, "predict", 0)
         out: dict[str, Tensor] = {"indices": batch["indices"], "valid": batch["valid"]}
         with gathered(self.flow):
-            out["nll"] = -self.flow.log_prob(codes, self.condition(batch, dropout=False)) / codes.shape[1:].numel()
+            log_prob = self.flow.log_prob(codes.x, self.condition(batch, dropout=False), grid=codes.grid)
+            out["nll"] = -log_prob / codes.x.shape[1:].numel()
             if self.flow.num_classes:
-                out["log_probs"] = self.flow.class_log_probs(codes).log_softmax(1)
+                out["log_probs"] = self.flow.class_log_probs(codes.x, grid=codes.grid).log_softmax(1)
         return out

@@ -16,8 +16,7 @@ from srcflow.metrics.features.base import Extractor
 from srcflow.metrics.frechet import FrechetDistance, check_counts, sized_name
 from srcflow.metrics.non_finite import NonFiniteImagesWarning, counted_by_caller, finite_name, without_non_finite
 from srcflow.metrics.reconstruction import ReconstructionMetrics
-from srcflow.pipeline import like_weights
-from srcflow.types import Batch, Condition
+from srcflow.types import Batch, Condition, Features
 
 if TYPE_CHECKING:
     from srcflow.tasks.flow import FlowTask
@@ -70,28 +69,32 @@ class FlowDistances:
 
     # --- over the test set -------------------------------------------------------------------------------------------------------
 
-    def update(self, batch: Batch, keep: Tensor) -> None:
-        """Take in a batch of the test set and its reconstructions; `keep` (B,) bool marks the images that are compared."""
-        task, codec, compressor = self.task, self.task.autoencoder, self.task.compressor
+    def update(self, batch: Batch, features: Features, keep: Tensor) -> None:
+        """Take in a batch of the test set and its reconstructions.
+
+        Args:
+            batch: the batch.
+            features: its raw features.
+            keep: (B,) bool, the images that are compared.
+        """
+        task, chain = self.task, self.task.chain
         images = task.images_from(batch)
-        raw, grid = task.features_from(batch, codec)
-        noise = task.noise_for(task.noise, raw, batch["indices"], "test", 0)
         real = self._features(images)
         for name, distance in self._distances.items():
             if name != "fd_decoded" and distance.reference is None:
                 distance.update(real, real=True, valid=keep)
-        for name, eps in (("rfid", None), ("rfid_noisy", noise)):
-            codes = compressor.compress(like_weights(codec.normalize(raw, eps), compressor), grid)
+        for name, codec in (("rfid", chain.under(None)), ("rfid_noisy", chain)):
+            codes = codec.codes(features, 0, "test")
             if name == "rfid_noisy" and self.settings.denoise is not None:
-                codes = task.pipeline.denoise_codes(
-                    codes, task.condition(batch, dropout=False), denoise=self.settings.denoise, denoiser=self.settings.denoiser
+                clean = task.pipeline.denoise_codes(
+                    codes.x, task.condition(batch, dropout=False), denoise=self.settings.denoise, denoiser=self.settings.denoiser
                 )
-            with counted_by_caller():
-                decoded, finite = without_non_finite(task.pipeline.decode(codes, grid))
-            features = self._features(decoded)
-            self._update(name, features, keep, finite)
+                codes = codes._replace(x=clean)
+            decoded, finite = without_non_finite(codec.images(codes))
+            judged = self._features(decoded)
+            self._update(name, judged, keep, finite)
             if name == "rfid_noisy":
-                self._update("fd_decoded", features, keep, finite, real=True)
+                self._update("fd_decoded", judged, keep, finite, real=True)
             self._reconstructions[name].update(decoded, images, valid=keep & finite)
 
     # --- after it ----------------------------------------------------------------------------------------------------------------

@@ -150,18 +150,19 @@ class FlowEvaluator:
         # under sharding every forward is a collective: a rank without a chosen image goes through with one that is not counted
         classify = self._anywhere(bool(chosen.any()))
         rows = chosen if bool(chosen.any()) else torch.arange(len(valid), device=valid.device) == 0
+        features = self.task.features_of(batch)  # once, however many draws
         for k in range(self.settings.draws):
-            codes = self.task.codes(batch, "test", k)
-            out = self.flow(codes, condition)
+            codes = self.task.codes(features, "test", k)
+            out = self.flow(codes.x, condition, grid=codes.grid)
             log_prob = self.task.log_prob_of(out)
             self._bad_densities += (valid & ~log_prob.isfinite()).sum()
             self._add("nll", -log_prob / self.dims, valid)
             self._add("logdet", out.logdet / self.dims, valid)
-            gaussian = self._baseline.nll(codes) if self._baseline is not None else None
+            gaussian = self._baseline.nll(codes.x) if self._baseline is not None else None
             if gaussian is not None:
                 self._add("gaussian", gaussian, valid)
             if classify:
-                densities = self.flow.class_log_probs(codes[rows])
+                densities = self.flow.class_log_probs(codes.x[rows], grid=codes.grid)
                 joint = joint + densities
                 marginal = torch.logsumexp(densities, 1) - math.log(self.flow.num_classes)
                 self._add("nll_marginal", -marginal / self.dims, chosen[rows])
@@ -174,7 +175,7 @@ class FlowEvaluator:
         if self._distances is not None:
             compared = self._among(batch, self._distances.chosen)
             if self._anywhere(bool(compared.any())):
-                self._distances.update(batch, compared)
+                self._distances.update(batch, features, compared)
 
     def _among(self, batch: Batch, which: Tensor) -> Tensor:
         """(B,) bool: the valid images of a batch that are among `which` of the test set."""
@@ -264,7 +265,7 @@ class FlowEvaluator:
         fits = {kind: GaussianBaseline(self.dims // self.flow.channels, self.flow.channels, kind) for kind in kinds}
         count = torch.zeros((), dtype=torch.float64, device=self.task.device)
         for batch in self.task.training_batches(limit):
-            codes = self.task.codes(batch, "baseline", 0)
+            codes = self.task.codes(batch, "baseline", 0).x
             count += batch["valid"].sum()
             for fit in fits.values():
                 fit.update(codes, batch["valid"])

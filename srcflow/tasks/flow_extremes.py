@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from srcflow.flows.block import TransformerBlock
-from srcflow.flows.likelihood import normal_log_prob
 from srcflow.nn.attention import watch_logits
+from srcflow.objectives.flow import likelihood
 from srcflow.types import Batch
 
 if TYPE_CHECKING:
@@ -26,15 +25,16 @@ def extremes(task: FlowTask, batch: Batch) -> dict[str, dict[str, Tensor]]:
     """
     codes = task.codes(batch, "train")
     with watch_logits() as seen:
-        _, outputs, logdet = task.flow.steps(codes, task.condition(batch, dropout=True))
+        found = likelihood(task.flow, codes.x, task.condition(batch, dropout=True), grid=codes.grid)
+    outputs = found.steps.blocks
     logits = iter(seen)  # one per layer
-    layers = [block.layer_count for block in cast("list[TransformerBlock]", list(task.flow.blocks))]
-    largest = [torch.stack([logdet.new_zeros(()), *(next(logits).to(logdet) for _ in range(n))]).amax() for n in layers]
+    layers = [getattr(block, "layer_count", 0) for block in task.flow.blocks]
+    zero = found.logdet.new_zeros(())
+    largest = [torch.stack([zero, *(next(logits).to(zero) for _ in range(n))]).amax() for n in layers]
     blocks = {
         "log_scale_min": torch.stack([(-o.logdet).amin() for o in outputs]),
         "log_scale_max": torch.stack([(-o.logdet).amax() for o in outputs]),
         "attention_logit_max": torch.stack(largest),
         "z_abs_max": torch.stack([o.z.abs().amax() for o in outputs]),
     }
-    nll = -(normal_log_prob(outputs[-1].z) + logdet) / codes.shape[1:].numel()
-    return {"blocks": blocks, "samples": {"code_abs_max": codes.abs().flatten(1).amax(1), "nll": nll}}
+    return {"blocks": blocks, "samples": {"code_abs_max": codes.x.abs().flatten(1).amax(1), "nll": found.nll}}

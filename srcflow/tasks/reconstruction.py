@@ -14,18 +14,18 @@ from srcflow.autoencoders.base import Autoencoder
 from srcflow.errors import ConfigError, Problems
 from srcflow.losses.adversarial import Adversarial
 from srcflow.losses.perceptual import Perceptual
-from srcflow.losses.reconstruction import pixel_loss
 from srcflow.metrics.features.base import Extractor
 from srcflow.metrics.frechet import FrechetDistance, check_counts, sized_name
 from srcflow.metrics.non_finite import NonFiniteImagesWarning, finite_name, to_unit_range, without_non_finite
 from srcflow.metrics.reconstruction import ReconstructionMetrics
 from srcflow.noise import Noise
+from srcflow.objectives.reconstruction import ImageWeights, adversarial_objective, image_objective
 from srcflow.registry import spec_of
 from srcflow.tasks import image_sizes
 from srcflow.tasks.base import Task, Weights
 from srcflow.tasks.discriminator import Discriminator
 from srcflow.tasks.optimization import DEFAULT, Optimization
-from srcflow.types import Batch, Grid
+from srcflow.types import Batch, Features
 
 STATE = "discriminator"
 """Key of a checkpoint under which the discriminator's heads and optimizer stand."""
@@ -122,8 +122,8 @@ class ReconstructionTask(Task):
     # --- what the stages define ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def reconstruct(self, raw: Tensor, grid: Grid, noise: Tensor | None) -> Tensor:
-        """Images (B, 3, H, W) of nominal range [0, 1] from raw features (B, N, D) under noise."""
+    def reconstruct(self, features: Features, noise: Noise | None, draw: int, purpose: str) -> Tensor:
+        """Images (B, 3, H, W) of nominal range [0, 1] from raw features under a noise law; `draw` and `purpose` key the noise."""
 
     @property
     @abstractmethod
@@ -201,16 +201,11 @@ class ReconstructionTask(Task):
             batch: the batch they come from.
             batch_idx: its number in the epoch.
         """
-        fake = fake.to(torch.promote_types(fake.dtype, torch.float32))
-        loss = fake.new_zeros(())
-        if self.pixel_weight > 0:
-            pixels = pixel_loss(fake, real, self.pixel_kind)
-            self.log(f"train/{self.pixel_kind}", pixels.detach(), prog_bar=True)
-            loss = loss + self.pixel_weight * pixels
-        if "perceptual" in self.outside and self.global_step >= self.perceptual_from:
-            distance = cast(Tensor, self.outside["perceptual"](fake, real))
-            self.log("train/perceptual", distance.detach(), prog_bar=True)
-            loss = loss + self.perceptual_weight * distance
+        perceptual = self.outside.get("perceptual") if self.global_step >= self.perceptual_from else None
+        weights = ImageWeights(self.pixel_weight, self.pixel_kind, self.perceptual_weight)
+        loss, terms = image_objective(fake, real, weights, cast("Perceptual | None", perceptual))
+        for name, value in terms.items():
+            self.log(f"train/{name}", value, prog_bar=True)
         return loss if self.discriminator is None else loss + self._adversarial(self.discriminator, loss, fake, real, batch, batch_idx)
 
     def _adversarial(self, game: Discriminator, loss: Tensor, fake: Tensor, real: Tensor, batch: Batch, batch_idx: int) -> Tensor:
@@ -230,10 +225,9 @@ class ReconstructionTask(Task):
         last = self.last_layer()
         if step < adversarial.count_from or last is None:
             return loss.new_zeros(())
-        term = adversarial.generator_loss(fake, generator=self._generator("generator", batch))
-        weight = adversarial.adaptive_weight(loss, term, last)
-        self.log_dict({"train/adversarial": term.detach(), "train/adversarial_weight": weight})
-        return weight * term
+        found = adversarial_objective(adversarial, loss, fake, last, self._generator("generator", batch))
+        self.log_dict({f"train/{name}": value for name, value in found.terms.items()})
+        return found.total
 
     def _generator(self, purpose: str, batch: Batch) -> torch.Generator:
         """The augmentation's numbers: keyed by the step and the batch's first sample."""
@@ -272,21 +266,20 @@ class ReconstructionTask(Task):
     def evaluate(self, batch: Batch) -> None:
         """Count a batch in every metric."""
         images = self.images_from(batch)
-        raw, grid = self.features_from(batch, self.codec)
+        features = self.features_of(batch)
         valid = batch["valid"].to(self.device)
         judged = self.extractor(images) if self.extractor is not None else None
         self._seen += valid.sum()
         for kind, measure in self._measures.items():
-            pred, finite = without_non_finite(self._reconstruct(raw, grid, batch, noisy=kind != ""))
+            pred, finite = without_non_finite(self._reconstruct(features, noisy=kind != ""))
             self._lost[kind] += (valid & ~finite).sum()
             measure.update(pred, images, valid & finite)
             if judged is not None and self.extractor is not None:
                 self._distances[kind].update(judged, real=True, valid=valid)
                 self._distances[kind].update(self.extractor(pred), valid=valid & finite)
 
-    def _reconstruct(self, raw: Tensor, grid: Grid, batch: Batch, *, noisy: bool) -> Tensor:
-        noise = self.noise_for(self.eval_noise, raw, batch["indices"], "evaluation", 0) if noisy else None
-        return to_unit_range(self.reconstruct(raw, grid, noise))
+    def _reconstruct(self, features: Features, *, noisy: bool) -> Tensor:
+        return to_unit_range(self.reconstruct(features, self.eval_noise if noisy else None, 0, "evaluation"))
 
     def total(self, count: Tensor) -> int:
         """A count summed over all ranks; a collective."""
@@ -346,10 +339,10 @@ class ReconstructionTask(Task):
         """The first images (n, 3, H, W) of a batch and their reconstructions, clamped to [0, 1], by name: rows of a picture."""
         few = cast(Batch, {k: v[:limit] if isinstance(v, Tensor) else v for k, v in batch.items()})
         with self.trainer.precision_plugin.forward_context():  # callbacks call this outside of it
-            raw, grid = self.features_from(few, self.codec)
-            rows = {"original": self.images_from(few), "reconstruction": self._reconstruct(raw, grid, few, noisy=False)}
+            features = self.features_of(few)
+            rows = {"original": self.images_from(few), "reconstruction": self._reconstruct(features, noisy=False)}
             if self.eval_noise is not None:
-                rows["noisy"] = self._reconstruct(raw, grid, few, noisy=True)
+                rows["noisy"] = self._reconstruct(features, noisy=True)
         return rows
 
 

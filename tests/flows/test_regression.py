@@ -18,7 +18,7 @@ from torch import Tensor
 from srcflow import randomness
 from srcflow.flows import presets
 from srcflow.flows.flow import Flow
-from srcflow.flows.likelihood import nll_per_dim
+from srcflow.objectives.flow import flow_objective
 from srcflow.tasks.optimization import Optimization
 from srcflow.types import Condition
 
@@ -51,7 +51,7 @@ def one_step() -> dict[str, list[float]]:
     x, condition = batch(0, 32)
     optimizer = Optimization(learning_rate=1e-3, weight_decay=1e-2).optimizer(model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
-    nll_per_dim(model(x, condition)).mean().backward()
+    flow_objective(model, x, condition).total.backward()
     gradients = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
     optimizer.step()
     return {"gradients": gradients, "changes": [float((p.detach() - b).norm()) for p, b in zip(model.parameters(), before, strict=True)]}
@@ -66,7 +66,7 @@ def curve() -> list[float]:
     losses = []
     for step in range(100):
         x, condition = batch(step)
-        loss = nll_per_dim(model(x, condition)).mean()
+        loss = flow_objective(model, x, condition).total
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

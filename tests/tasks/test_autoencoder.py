@@ -18,6 +18,7 @@ from srcflow.autoencoders.base import Autoencoder
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.callbacks.ema import EMA
 from srcflow.callbacks.non_finite import NonFiniteWarning
+from srcflow.codec import Codec
 from srcflow.errors import ArtifactError, ConfigError, NonFiniteError
 from srcflow.losses.adversarial import Adversarial
 from srcflow.losses.perceptual import EncoderPerceptual
@@ -27,6 +28,7 @@ from srcflow.statistics import Moments
 from srcflow.tasks import artifact
 from srcflow.tasks.autoencoder import AutoencoderTask
 from srcflow.tasks.optimization import Optimization
+from srcflow.types import Features
 
 Make = Callable[..., Any]
 fast = Optimization(learning_rate=3e-3, min_learning_rate=1e-4)
@@ -78,18 +80,20 @@ def test_the_decoder_learns_the_encoder_does_not_and_the_artifact_is_complete(
 
 def test_noise_is_keyed_by_step_and_sample_not_by_batch_size(autoencoder: Make, trainer: Make, pictures: Make) -> None:
     task = stage_0(autoencoder(), seed=3)
-    raw = torch.zeros(4, 16, 16)
-    indices = torch.tensor([5, 2, 9, 7])
-    law = Uniform(0.8)
-    whole = task.noise_for(law, raw, indices, "train", 4)
-    part = task.noise_for(law, raw[:1], indices[2:3], "train", 4)
-    assert whole is not None
-    assert part is not None
-    assert torch.equal(whole[2], part[0])
-    assert not torch.equal(whole, task.noise_for(law, raw, indices, "train", 5))
-    assert not torch.equal(whole, task.noise_for(law, raw, indices, "evaluation", 4))
-    assert not torch.equal(whole, stage_0(autoencoder(), seed=4).noise_for(law, raw, indices, "train", 4))
-    assert task.noise_for(None, raw, indices, "train", 4) is None
+    task.autoencoder.statistics_fitted.fill_(True)
+    raw, indices = torch.zeros(4, 16, 16), torch.tensor([5, 2, 9, 7])
+
+    def noise(law: Uniform | None, rows: slice, purpose: str, step: int, seed: int = 3) -> Tensor:
+        chain = Codec(task.autoencoder, None, law, seed)
+        return chain.normalized(Features(raw[rows], None, (4, 4), indices[rows]), step, purpose)
+
+    law, everything = Uniform(0.8), slice(0, 4)
+    whole = noise(law, everything, "train", 4)
+    assert torch.equal(whole[2:3], noise(law, slice(2, 3), "train", 4))
+    assert not torch.equal(whole, noise(law, everything, "train", 5))
+    assert not torch.equal(whole, noise(law, everything, "evaluation", 4))
+    assert not torch.equal(whole, noise(law, everything, "train", 4, seed=4))
+    assert torch.equal(noise(None, everything, "train", 4), task.autoencoder.normalize(raw))
 
 
 def test_a_resumed_run_is_the_straight_one(autoencoder: Make, pictures: Make, trainer: Make, encoder: Make, tmp_path: Path) -> None:

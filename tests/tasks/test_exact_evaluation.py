@@ -25,7 +25,7 @@ from srcflow.tasks.flow import FlowTask
 from srcflow.tasks.flow_evaluation import Evaluation
 from srcflow.tasks.optimization import Optimization
 from srcflow.testing import perturb
-from srcflow.types import Condition
+from srcflow.types import Codes, Condition
 
 from . import by_hand
 from .by_hand import CHANNELS, CLASSES, DIMS, SIGMA, TOKENS, Rows
@@ -100,9 +100,9 @@ class Noises(FlowTask):
         self.noises: list[tuple[str, int, Tensor]] = []
         self.numbers: list[float] = []
 
-    def codes(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def codes(self, batch: Any, *args: Any, **kwargs: Any) -> Codes:
         codes = super().codes(batch, *args, **kwargs)
-        self.noises += [(self.where, int(i), e) for i, e in zip(batch["indices"], codes - batch["features"], strict=True)]
+        self.noises += [(self.where, int(i), e) for i, e in zip(batch["indices"], codes.x - batch["features"], strict=True)]
         return codes
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

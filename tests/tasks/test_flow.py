@@ -169,7 +169,7 @@ def test_the_baseline_is_the_gaussian_of_the_training_codes(
     written = json.loads((tmp_path / "m.json").read_text())
 
     def codes(loader: Any, purpose: str) -> Tensor:
-        return torch.cat([task.codes(b, purpose, 0) for b in loader]).flatten(1).double()
+        return torch.cat([task.codes(b, purpose, 0).x for b in loader]).flatten(1).double()
 
     train, test = codes(Plenty().train_dataloader(), "baseline"), codes(Plenty().test_dataloader(), "test")
     # one token: both kinds have the same covariance, and the name says which was asked for
@@ -370,7 +370,7 @@ def test_the_denoiser_learns_the_score(tmp_path: Path, codec: str) -> None:
     run = trainer(tmp_path, steps=60, callbacks=[])
     run.fit(task, SquaresData())
     assert float(run.callback_metrics["train/denoiser"]) > 0
-    x = task.codes(next(iter(SquaresData().val_dataloader())), "validation", 0)
+    x = task.codes(next(iter(SquaresData().val_dataloader())), "validation", 0).x
     with torch.no_grad():
         predicted = task.flow.denoiser(x)
     torch.testing.assert_close((x - task.flow.denoise(x, 0.3)) / 0.3, 0.3 * x)
