@@ -47,15 +47,16 @@ CROPS = _in("data/test_exact_draws.py", "test_crops_and_flips_are_drawn_anew_in_
 SAMPLER = _in("data/test_sampler.py", "test_orders_differ_by_epoch_and_seed_and_can_be_repeated")
 SKIPPED = _in("callbacks/test_non_finite.py", "test_a_bad_step_changes_nothing_and_the_next_one_proceeds")
 
+OBJECTIVE = "srcflow/objectives/flow.py"
 FLOW_TASK, FLOW, EVALUATOR = "srcflow/tasks/flow.py", "srcflow/flows/flow.py", "srcflow/tasks/flow_evaluation.py"
 
 MUTANTS = [
     # --- objective ---
-    Mutant("the latent norm leaves the input out", FLOW_TASK, "start=first.square().mean())", "start=first.new_zeros(()))", LOSS),
-    Mutant("the latent norm counts the last block", FLOW_TASK, "for o in outputs[:-1])", "for o in outputs)", LOSS),
-    Mutant("the latent norm has no weight", FLOW_TASK, "nll + self.latent_norm_weight * penalty", "nll + penalty", LOSS),
-    Mutant("the log-determinant has the wrong sign", FLOW_TASK, "volume = -logdet.mean() / dims", "volume = logdet.mean() / dims", LOSS),
-    Mutant("the loss is per token", FLOW_TASK, "dims = z.shape[1:].numel()", "dims = z.shape[1]", LOSS),
+    Mutant("the latent norm leaves the input out", OBJECTIVE, "start=steps.y.square().mean())", "start=steps.y.new_zeros(()))", LOSS),
+    Mutant("the latent norm counts the last block", OBJECTIVE, "for o in steps.blocks[:-1])", "for o in steps.blocks)", LOSS),
+    Mutant("the latent norm has no weight", OBJECTIVE, "nll + latent_norm_weight * penalty", "nll + penalty", LOSS),
+    Mutant("the log-determinant has the wrong sign", OBJECTIVE, "total = nll = prior - logdet", "total = nll = prior + logdet", LOSS),
+    Mutant("the loss is per token", OBJECTIVE, "blocks[-1].z.shape[1:].numel())", "blocks[-1].z.shape[1])", LOSS),
     Mutant(
         "the prior leaves half of its constant out",
         "srcflow/flows/likelihood.py",
@@ -66,7 +67,7 @@ MUTANTS = [
     Mutant("a prior's deviation has no volume", "srcflow/flows/likelihood.py", " - std.log().sum() - constant", " - constant", CLASSES),
     Mutant(
         "the denoiser learns the score's opposite",
-        FLOW_TASK,
+        OBJECTIVE,
         "-deviation * score.detach())",
         "deviation * score.detach())",
         _in(TRAINING, "test_the_denoisers_error_is_that_of_the_scaled_score"),
@@ -118,15 +119,15 @@ MUTANTS = [
     Mutant(
         "validation drops labels",
         FLOW_TASK,
-        "_, outputs, logdet = self.flow.steps(codes, self.condition(batch, dropout=False))",
-        "_, outputs, logdet = self.flow.steps(codes, self.condition(batch, dropout=True))",
+        "codes.x, self.condition(batch, dropout=False), grid=codes.grid, std=std)",
+        "codes.x, self.condition(batch, dropout=True), grid=codes.grid, std=std)",
         VALIDATION,
     ),
     Mutant(
         "validation ignores a learned prior",
         FLOW_TASK,
-        "-normal_log_prob(outputs[-1].z, self.flow.prior_std if",
-        "-normal_log_prob(outputs[-1].z, None if",
+        "std = self.flow.prior_std if self.flow.learn_prior else None",
+        "std = None",
         VALIDATION,
     ),
     Mutant(
@@ -136,13 +137,13 @@ MUTANTS = [
         "dims = self.flow.channels",
         VALIDATION,
     ),
-    Mutant("predict is not divided by the dimensions", FLOW_TASK, " / codes.shape[1:].numel()", "", PREDICTIONS),
+    Mutant("predict is not divided by the dimensions", FLOW_TASK, " / codes.x.shape[1:].numel()", "", PREDICTIONS),
     Mutant("predict takes test's noise", FLOW_TASK, 'self.codes(batch, "predict", 0)', 'self.codes(batch, "test", 0)', PREDICTIONS),
     Mutant(
         "predict gives joint densities",
         FLOW_TASK,
-        "self.flow.class_log_probs(codes).log_softmax(1)",
-        "self.flow.class_log_probs(codes)",
+        "self.flow.class_log_probs(codes.x, grid=codes.grid).log_softmax(1)",
+        "self.flow.class_log_probs(codes.x, grid=codes.grid)",
         PREDICTIONS,
     ),
     Mutant(
@@ -219,8 +220,8 @@ MUTANTS = [
     Mutant(
         "sampling has one temperature",
         FLOW,
-        "x, outputs = z * temperature, []",
-        "x, outputs = z, []",
+        "invert(self, z * temperature, ctx",
+        "invert(self, z, ctx",
         _in("flows/test_flow.py", "test_temperature_multiplies_the_noise"),
     ),
     Mutant(
@@ -370,7 +371,11 @@ MUTANTS = [
         _in(EVALUATION, "test_the_class_is_decided_by_all_draws"),
     ),
     Mutant(
-        "every draw has the same noise", EVALUATOR, 'self.task.codes(batch, "test", k)', 'self.task.codes(batch, "test", 0)', LIKELIHOODS
+        "every draw has the same noise",
+        EVALUATOR,
+        'self.task.codes(features, "test", k)',
+        'self.task.codes(features, "test", 0)',
+        LIKELIHOODS,
     ),
     Mutant("PSNR is that of amplitudes", "srcflow/metrics/reconstruction.py", "return -10 * error", "return -20 * error", DISTANCES),
     Mutant(
@@ -573,9 +578,9 @@ MUTANTS = [
     # --- stages 0 and 1 ---
     Mutant(
         "pixels have no weight",
-        "srcflow/tasks/reconstruction.py",
-        "loss + self.pixel_weight * pixels",
-        "loss + pixels",
+        "srcflow/objectives/reconstruction.py",
+        "total + weights.pixel * pixels",
+        "total + pixels",
         _in(RECONSTRUCTION, "test_the_decoders_loss_is_that_of_clean_images_from_noisy_features"),
     ),
     Mutant(
@@ -588,15 +593,15 @@ MUTANTS = [
     Mutant(
         "evaluation noise is training's",
         "srcflow/tasks/reconstruction.py",
-        'batch["indices"], "evaluation", 0) if noisy',
-        'batch["indices"], "train", 0) if noisy',
+        'self.eval_noise if noisy else None, 0, "evaluation"',
+        'self.eval_noise if noisy else None, 0, "train"',
         _in(RECONSTRUCTION, "test_evaluation_of_the_autoencoder_counts_every_image_once_with_and_without_noise"),
     ),
     Mutant(
         "the compressor is to give noisy features",
         "srcflow/tasks/compressor.py",
-        "feature_loss(features, self.codec.normalize(raw))",
-        "feature_loss(features, self.codec.normalize(raw, noise))",
+        "clean = chain.under(None).normalized(",
+        "clean = chain.normalized(",
         _in(RECONSTRUCTION, "test_the_compressors_loss_asks_for_clean_features_and_images"),
     ),
     Mutant(
