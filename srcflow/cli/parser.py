@@ -58,7 +58,9 @@ class Parser(jsonargparse.ArgumentParser):
             raise SrcflowError(readable(str(caught), caught, self.bases)) from caught
         raise ours
 
-    def parse_args(self, args: Sequence[str] | None = None, *positional: Any, **kwargs: Any) -> Any:
+    def parse_args(  # type: ignore[override]  # as jsonargparse's, which takes more than argparse's
+        self, args: Sequence[str] | None = None, *positional: Any, **kwargs: Any
+    ) -> Any:
         """As jsonargparse's, except that null reaches an option two levels deep, which jsonargparse hands down as the word None.
 
         Raises:

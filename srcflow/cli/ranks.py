@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -80,6 +81,25 @@ class _Stop(BaseException):
     """Raised where the program stands as a signal comes; not an Exception, so that no library takes it for an error of its own."""
 
 
+def end_loaders() -> None:
+    """End the processes that load data: one that is still starting would report that its rank has gone, with a traceback."""
+    children = multiprocessing.active_children()
+    if not children:
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread() else None  # torch's raises where such a process dies
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def in_main_thread() -> bool:
+    """Whether this thread may set handlers of signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class Early:
     """Handler of the signals that ask for a stop before training takes them over (`StopSignals.install`).
 
@@ -98,6 +118,7 @@ class Early:
         leaving = self.came != 0 and now - self._since < GRACE  # a second one must not disturb the way out
         if not leaving:
             self.came, self._since = signum, now
+            end_loaders()
             raise _Stop from self.error()
 
     def error(self) -> StoppedError:
@@ -113,11 +134,12 @@ def stoppable() -> Iterator[None]:
         StoppedError: one of them came; whatever else failed after it is a consequence.
     """
     early, before = Early(), {}
-    if threading.current_thread() is threading.main_thread():
+    if in_main_thread():
         before = {number: signal.signal(number, early) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     except StoppedError:
+        end_loaders()
         raise
     except BaseException as e:
         if early.came:

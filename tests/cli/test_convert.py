@@ -250,7 +250,7 @@ def test_rae_from_its_released_pieces_and_back_in_every_format(tmp_path: Path) -
     autoencoder = Pipeline.from_pretrained(tmp_path / "rae").autoencoder
     raw, grid = autoencoder.features(tensors["in.image_u8"].float() / 255)
     latent = autoencoder.normalize(raw)
-    torch.testing.assert_close(latent.mT.reshape(1, 48, 16, 16), tensors["out.latent"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(latent.mT.reshape(1, 48, 16, 16), tensors["out.latent"], atol=5e-5, rtol=0)  # as in test_rae.py
     torch.testing.assert_close(autoencoder.decode(latent, grid), tensors["out.image"], atol=1e-5, rtol=0)
 
     main(["export", "--pipeline", str(tmp_path / "rae"), "--format", "rae", "--out", str(tmp_path / "back")])

@@ -174,9 +174,7 @@ def loading(pid: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("everyone", [False, True], ids=["the process", "its group"])
-@pytest.mark.parametrize(
-    ("wanted", "later"), [(0, 1.0), (0, 4.0), (1, 0.0), (2, 0.0), (2, 0.5), (2, 2.0), (3, 0.0), (4, 0.0), (4, 1.0), (4, 4.0)]
-)
+@pytest.mark.parametrize(("wanted", "later"), [(0, 1.0), (1, 0.0), (2, 0.5), (2, 3.0), (4, 0.5)])
 def test_a_signal_at_any_moment_of_the_start(run: Path, tmp_path: Path, wanted: int, later: float, everyone: bool) -> None:
     """Some seconds after the start, or after that many processes that load data were started (two for validation, two for training)."""
     log, command = tmp_path / "log", [sys.executable, "-m", "srcflow", "fit", "--config", str(run / "run.yaml")]
@@ -201,4 +199,4 @@ def test_a_signal_at_any_moment_of_the_start(run: Path, tmp_path: Path, wanted: 
     text = log.read_text()
     assert status == 75, text[-5000:]
     assert "Traceback" not in text, text[-5000:]
-    assert text.endswith(f"{LINE}\n") or "stopped by SIGTERM at step" in text.splitlines()[-1]
+    assert text.splitlines()[-1].startswith((LINE, "stopped by SIGTERM at step"))

@@ -257,9 +257,10 @@ def test_encode_and_decode_are_the_published_ones(whole: tuple[Vector, Represent
     raw, grid = autoencoder.features(v.given["image_u8"] / 255)
     assert grid == (16, 16)
     assert not autoencoder.training
-    torch.testing.assert_close(autoencoder.normalize(raw), tokens(v.out["latent"]), atol=1e-5, rtol=0)
+    # latents reach 8, and both sides are float32: in float64 they would be up to 3e-5 from the published ones
+    torch.testing.assert_close(autoencoder.normalize(raw), tokens(v.out["latent"]), atol=5e-5, rtol=0)
     noise = v.config["noise_tau"] * v.given["train_u"] * v.given["train_noise"]
-    torch.testing.assert_close(autoencoder.normalize(raw, noise), tokens(v.out["latent_train"]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(autoencoder.normalize(raw, noise), tokens(v.out["latent_train"]), atol=5e-5, rtol=0)
     bound = 1e-5 * float(v.out["image"].std())
     torch.testing.assert_close(autoencoder.decode(tokens(v.out["latent"])), v.out["image"], atol=bound, rtol=0)
 
