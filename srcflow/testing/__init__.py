@@ -8,6 +8,7 @@ how much. They need no test framework: call them from a test of your own.
 >>> check_coupling(Affine())
 
 Parameters are perturbed where a fresh member would pass vacuously (heads start at zero), on a copy: the member you hand in is left alone.
+`perturb` bounds what blocks predict, so that a flow with random weights can be inverted on every processor.
 """
 
 from __future__ import annotations
