@@ -19,7 +19,17 @@ from srcflow.guidance.base import Guidance
 from srcflow.guidance.schedules import Schedule
 from srcflow.noise import Noise
 from srcflow.registry import Member
-from srcflow.testing import ReferenceBlock, check_block, check_compressor, check_coupling, check_encoder, check_guidance, check_solver
+from srcflow.solvers.sequential import Sequential
+from srcflow.testing import (
+    ReferenceBlock,
+    check_block,
+    check_compressor,
+    check_conditioner,
+    check_coupling,
+    check_encoder,
+    check_guidance,
+    check_solver,
+)
 from srcflow.types import Condition
 
 SMALL_VIT = {"depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -49,6 +59,13 @@ ARGUMENTS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "PCA": [{"dim": 12, "code_dim": 4}],
         "Identity": [{"dim": 12}],
     },
+    "conditioners": {
+        "ClassTable": [{"num_classes": 5, "width": 8}, {"num_classes": 5, "width": 8, "null": "learned"}],
+        "ClassToken": [{"num_classes": 5, "width": 8}, {"num_classes": 5, "width": 8, "bias": True}],
+        "TextPrefix": [{"text_dim": 6, "width": 8}],
+        "LabelDirections": [{"num_classes": 5, "width": 8}],
+    },
+    "solvers": {"PerBlock": [{"default": Sequential()}, {"default": Sequential(), "blocks": {-1: Sequential()}}]},
     "schedules": {
         "Constant": [{"strength": 1.5}],
         "Annealed": [{"strength": 1.5}],
@@ -82,6 +99,11 @@ def test_encoders(member: Member, arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("member", "arguments"), members("compressors"))
 def test_compressors(member: Member, arguments: dict[str, Any]) -> None:
     check_compressor(member.cls(**arguments), (4, 4))
+
+
+@pytest.mark.parametrize(("member", "arguments"), members("conditioners"))
+def test_conditioners(member: Member, arguments: dict[str, Any]) -> None:
+    check_conditioner(member.cls(**arguments))
 
 
 @pytest.mark.parametrize(("member", "arguments"), members("couplings"))
@@ -192,5 +214,6 @@ def test_transformer_blocks(name: str) -> None:
 def test_solving_transformer_blocks(name: str) -> None:
     block, condition = BLOCKS[name]()
     negative = None if condition is None else condition.index(torch.tensor([1, 0, 1]))
-    for member in registry.registered("solvers").values():
-        check_solver(member.cls(), block, shape=(3, 6, 3), condition=condition, negative=negative, grid=GRID)
+    for solver, member in registry.registered("solvers").items():
+        arguments = ARGUMENTS["solvers"].get(solver, [{}])[-1]
+        check_solver(member.cls(**arguments), block, shape=(3, 6, 3), condition=condition, negative=negative, grid=GRID)
