@@ -42,6 +42,7 @@ class CompressorTask(ReconstructionTask):
     """
 
     product: ClassVar[str] = "compressor"
+    place_options: ClassVar[frozenset[str]] = frozenset({"autoencoder"})
 
     def __init__(
         self,

@@ -15,9 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from srcflow import artifacts, cli
+from srcflow import artifacts
 from srcflow.autoencoders.pixels import PixelPatches
-from srcflow.cli import main, run_directory
+from srcflow.cli import main
 from srcflow.errors import ArtifactError, CheckpointError, ConfigError, ManifestMismatchError
 from srcflow.tasks.flow import FlowTask
 
@@ -213,16 +213,6 @@ def test_a_damaged_checkpoint_or_record_is_refused_before_anything_is_made(comma
             main(command)
 
 
-def test_configurations_of_other_versions_are_compared_in_what_both_know() -> None:
-    old = {"model": {"class_path": "A", "guidance": None, "gone": 1, "list": [1, {"a": 2}]}}
-    new = {"model": {"class_path": "A", "guidance": {"class_path": "B"}, "added": 0, "list": [1, {"a": 3}]}}
-    assert run_directory.differences(old, new, one_sided=False) == {
-        "model.guidance": (None, {"class_path": "B"}),
-        "model.list.1.a": (2, 3),
-    }
-    assert set(run_directory.differences(old, new)) == {"model.guidance", "model.list.1.a", "model.gone", "model.added"}
-
-
 def test_a_run_from_before_there_was_a_choice_about_exif_continues_and_says_so(command: list[str], tmp_path: Path) -> None:
     """With the new default and a warning, or without one if the old behaviour is asked for; also where its version is another one."""
     main([*command, "--data.exif", "ignore"])
@@ -236,26 +226,6 @@ def test_a_run_from_before_there_was_a_choice_about_exif_continues_and_says_so(c
             main([*command, "--ckpt_path", "last"])
         (tmp_path / "run/run.json").write_text(json.dumps(old))
         main([*command, "--ckpt_path", "last", "--data.exif", "ignore"])
-
-
-def test_every_key_that_is_left_out_is_an_option(data: Path) -> None:
-    """A list of keys that nobody has any more would hide nothing."""
-    import inspect
-
-    import lightning as L
-
-    from srcflow.datamodules.base import DataModule
-    from srcflow.tasks.base import Task
-
-    cli.load_parts()
-
-    def options(base: type) -> set[str]:
-        own = set(inspect.signature(base.__init__).parameters)  # type: ignore[misc]
-        return own.union(*(options(c) for c in base.__subclasses__() if c.__module__.startswith("srcflow")))
-
-    assert set(run_directory.MODEL_FREE + run_directory.MODEL_PLACES) <= options(Task)
-    assert set(run_directory.DATA_FREE) <= options(DataModule)
-    assert set(run_directory.TRAINER) <= set(inspect.signature(L.Trainer.__init__).parameters)
 
 
 def test_a_run_stopped_before_its_artifact_still_writes_it(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
