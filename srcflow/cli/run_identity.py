@@ -93,15 +93,15 @@ def declared(cls: type | None, attribute: str) -> dict[str, Any]:
 
 def options(cls: type) -> set[str]:
     """The names of a class's options, those that it hands on to its bases included."""
-    return {name for c in cls.__mro__ if c is not object and "__init__" in vars(c) for name in inspect.signature(c.__init__).parameters}
+    return {name for c in cls.__mro__ if c is not object and "__init__" in vars(c) for name in inspect.signature(c.__init__).parameters}  # type: ignore[misc]  # the class's own constructor
 
 
 def _annotated(cls: type | None, name: str) -> type | None:
     """The class of an option that is given by its options alone, from its annotation."""
     for base in cls.__mro__ if cls is not None else ():
-        if "__init__" in vars(base) and name in inspect.signature(base.__init__).parameters:
+        if "__init__" in vars(base) and name in inspect.signature(base.__init__).parameters:  # type: ignore[misc]  # the class's own constructor
             try:
-                hint = typing.get_type_hints(base.__init__).get(name)
+                hint = typing.get_type_hints(base.__init__).get(name)  # type: ignore[misc]  # the class's own constructor
             except NameError:  # an annotation that exists for the type checker alone
                 return None
             return next((c for c in (hint, *typing.get_args(hint)) if isinstance(c, type) and c is not type(None)), None)
