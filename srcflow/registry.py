@@ -35,6 +35,7 @@ FAMILIES: dict[str, str] = {
     "schedules": "srcflow.guidance.schedules:Schedule",
     "solvers": "srcflow.solvers.base:Solver",
     "noises": "srcflow.noise:Noise",
+    "learning_rate_schedules": "srcflow.learning_rates:LearningRateSchedule",
     "extractors": "srcflow.metrics.features.base:Extractor",
 }
 """Family name -> its abstract base. encoders, couplings and guidance are the ones third parties are invited to extend."""

@@ -57,7 +57,7 @@ def measure(config: Path, every: int, batch: int, mixed: bool, device: str) -> i
     task = flow_task(config)
     flow = task.flow.to(device)
     flow.set_checkpointing(every)
-    steps(flow, task.optimization.optimizer(flow.parameters()), batch, mixed, device)
+    steps(flow, task.optimization.build_optimizer(flow.parameters()), batch, mixed, device)
     return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before
 
 

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         flow: Flow = task.flow
         if args.checkpoint_every is not None:
             flow.set_checkpointing(args.checkpoint_every)
-        optimizer = task.optimization.optimizer(flow.parameters())
+        optimizer = task.optimization.build_optimizer(flow.parameters())
         average = [p.detach().to(wide, copy=True) for p in flow.parameters()]
     codes = torch.randn(args.batch_size, flow.grid[0] * flow.grid[1], flow.channels)
     condition = Condition(labels=torch.arange(args.batch_size) % flow.num_classes) if flow.num_classes else None

@@ -528,14 +528,14 @@ MUTANTS = [
     ),
     Mutant(
         "the warm-up is a step ahead",
-        "srcflow/tasks/optimization.py",
+        "srcflow/learning_rates.py",
         "(peak - minimum) * step / warmup",
         "(peak - minimum) * (step + 1) / warmup",
         UPDATES,
     ),
     Mutant(
         "the cosine begins before the warm-up",
-        "srcflow/tasks/optimization.py",
+        "srcflow/learning_rates.py",
         "(step - warmup) / (total - warmup)",
         "step / total",
         UPDATES,
@@ -550,9 +550,23 @@ MUTANTS = [
     Mutant(
         "AdamW has its own betas",
         "srcflow/tasks/optimization.py",
-        "lr=self.learning_rate, betas=self.betas)",
-        "lr=self.learning_rate)",
+        '{"betas": BETAS if self.betas is None else self.betas})',
+        "{})",
         UPDATES,
+    ),
+    Mutant(
+        "the decay of WSD begins an update early",
+        "srcflow/learning_rates.py",
+        "x = (step - (total - decay)) / decay",
+        "x = (step + 1 - (total - decay)) / decay",
+        _in("test_learning_rates.py", "test_wsd_is_flat_until_its_last_updates"),
+    ),
+    Mutant(
+        "another optimizer loses its arguments",
+        "srcflow/tasks/optimizers.py",
+        "cls(groups, lr=learning_rate, **self.arguments)",
+        "cls(groups, lr=learning_rate)",
+        _in("tasks/test_optimization.py", "test_another_optimizer_steps_with_its_arguments_the_rate_and_the_decay"),
     ),
     Mutant(
         "gradients are not clipped",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import os
 import re
 import typing
@@ -14,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
 import srcflow
 from srcflow.cli import TRACEBACK, TRAINER_COMMANDS, sources
@@ -68,6 +70,8 @@ class Parser(jsonargparse.ArgumentParser):
         """
         if not self.exit_on_error and args is not None and len(args) == 1 and args[0].startswith("--") and args[0].endswith("=None"):
             args = [args[0].removesuffix("None") + "null"]
+        if args is not None and len(args) == 1 and kwargs.get("namespace") is not None:
+            args = [_replacing(args[0], kwargs["namespace"])]
         try:
             return super().parse_args(args, *positional, **kwargs)
         except UnicodeDecodeError as e:  # a file of a part; --config's are read by parse_path
@@ -145,6 +149,40 @@ class Parser(jsonargparse.ArgumentParser):
 
     def _is_option(self, key: str) -> bool:
         return any(a.dest == key and a.option_strings for a in self._actions)
+
+
+def _replacing(argument: str, given: Any) -> str:
+    """An argument that changes a mapping which names a class (an optimizer), as one that gives all of it.
+
+    jsonargparse takes such a mapping for a part of its own, and fails where one stands already; that is taken out of `given`.
+    """
+    option, equals, value = argument.partition("=")
+    keys = option.removeprefix("--").split(".")
+    for n in range(len(keys), 0, -1):
+        holder = ".".join(keys[:n])
+        before = given.get(holder) if equals else None
+        if not (isinstance(before, dict) and "class_path" in before):
+            continue
+        given[holder] = None
+        if n == len(keys):
+            return argument
+        rest = keys[n + 1 :] if keys[n] == "init_args" else keys[n:]
+        if rest == ["class_path"]:
+            after: dict[str, Any] = {"class_path": value}
+        else:
+            after = {**before, "init_args": dict(before.get("init_args") or {}) if rest else _value(value)}
+            if rest:
+                after["init_args"][".".join(rest)] = _value(value)
+        return f"--{holder}={json.dumps(after)}"
+    return argument
+
+
+def _value(text: str) -> Any:
+    """A value as jsonargparse reads it: YAML, with 1e-8 a number."""
+    try:
+        return float(text) if isinstance(value := yaml.safe_load(text), str) else value
+    except (ValueError, yaml.YAMLError):
+        return text
 
 
 def traceback_wanted() -> bool:

@@ -25,6 +25,7 @@ from srcflow import artifacts
 from srcflow.callbacks import checkpoint_files
 from srcflow.callbacks.checkpoints import Checkpoints
 from srcflow.cli import ranks, run_lock
+from srcflow.cli.run_identity import LATER, complete, differences, essential, identity
 from srcflow.errors import ArtifactError, ManifestMismatchError, SrcflowError
 from srcflow.tasks import artifact, checkpoint
 from srcflow.tasks.base import Task
@@ -32,31 +33,6 @@ from srcflow.tasks.base import Task
 FILE, FORMAT = "run.json", 1
 COLLECTIVE = re.compile("gloo|nccl|connection|peer|timed out", re.IGNORECASE)
 """What torch's error says if a collective failed."""
-TRAINER = ("max_steps", "max_epochs", "precision", "limit_train_batches", "overfit_batches")
-"""Keys of `trainer` that belong to what a run is; besides them, the EMA among its callbacks."""
-MODEL_FREE = (
-    "artifact",
-    "metrics_file",
-    "weights",
-    "evaluation",
-    "guidance",
-    "solver",
-    "temperature",
-    "initial",
-    "checkpoint_every",
-    "compile_layers",
-)
-"""Options of a task that do not: where and how it is evaluated, written and computed, and weights that a checkpoint replaces."""
-MODEL_PLACES = ("codec", "autoencoder")
-"""Options that name an earlier stage's directory, where they are a path: its content counts, not its place."""
-LATER = ("data.content", "built_on")
-"""What is known of a run only once its data and artifacts are open."""
-DATA_FREE = ("batch_size", "num_workers", "index", "start_method", "max_bad_fraction")
-"""Options of a datamodule that do not; the global batch counts instead of `batch_size`, the data instead of their place."""
-EARLIER = {"data.init_args.exif": "ignore", "data.content.transform.exif": "ignore"}
-"""What was done before there were these options, which older records lack."""
-OPTIMIZATION_FREE = ("max_bad_steps", "dump_bad_steps")
-"""Options of a task's `optimization` that do not."""
 
 
 class RunTrainer(L.Trainer):
@@ -206,14 +182,15 @@ class RunRecord(SaveConfigCallback):
             try:
                 record = None if self._changing else read(path)
                 if record is not None:
-                    for line in _complete(record["identity"], self._identity or {}):
+                    stored = essential(record["identity"])
+                    for line in complete(stored, self._identity or {}):
                         rank_zero_warn(f"{line} It continues with the new value; add the old one to keep everything as it was.")
                     same = record["starts"][-1]["srcflow"] == srcflow.__version__
-                    found = differences(record["identity"], self._identity or {}, one_sided=same)
+                    found = differences(stored, self._identity or {}, one_sided=same)
                     found = {k: v for k, v in found.items() if not (v[1] is None and k in LATER)}
             except ArtifactError as e:
                 found = str(e)
-            except (KeyError, IndexError, TypeError) as e:
+            except (KeyError, IndexError, TypeError, AttributeError) as e:
                 found = f"{path} lacks what it should hold ({type(e).__name__}: {e}). Move it away to start without a history."
         found = trainer.strategy.broadcast(found)
         if isinstance(found, str):
@@ -223,33 +200,7 @@ class RunRecord(SaveConfigCallback):
             raise ManifestMismatchError(str(path.parent), found, cure)
 
 
-# --- what makes a run ---------------------------------------------------------------------------------------------------------------
-
-
-def identity(config: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
-    """What must stay the same between two starts of one run: model, optimisation and data, but not how and where they are computed.
-
-    Args:
-        config: the resolved configuration of `fit`.
-        trainer: for the number of ranks and the datamodule.
-    """
-    model, settings = dict(config["model"]), config["trainer"]
-    options = model.get("init_args") or {}
-    model["init_args"] = {k: v for k, v in options.items() if k not in MODEL_FREE and not (k in MODEL_PLACES and isinstance(v, str | None))}
-    if isinstance(optimization := model["init_args"].get("optimization"), Mapping):
-        model["init_args"]["optimization"] = {k: v for k, v in optimization.items() if k not in OPTIMIZATION_FREE}
-    data = dict(config.get("data") or {})
-    module = trainer.datamodule
-    places = [p for p in (module.place(s) for s in ("train", "val", "test")) if p is not None] if hasattr(module, "place") else []
-    options = data.get("init_args") or {}
-    data["init_args"] = {k: v for k, v in options.items() if k not in DATA_FREE and v not in places and not (v is None and "path" in k)}
-    batch = getattr(module, "batch_size", None)
-    data["global_batch"] = None if batch is None else batch * trainer.world_size * trainer.accumulate_grad_batches
-    callbacks = settings.get("callbacks") or []
-    averages = [c for c in (callbacks if isinstance(callbacks, list) else [callbacks]) if str(c.get("class_path")).endswith(".EMA")]
-    kept = {"seed_everything": config.get("seed_everything"), "model": model, "data": data}
-    kept["trainer"] = {**{k: settings.get(k) for k in TRAINER}, "ema": [c.get("init_args") for c in averages]}
-    return dict(json.loads(json.dumps(kept)))
+# --- what it runs with -------------------------------------------------------------------------------------------------------------
 
 
 def environment(trainer: L.Trainer) -> dict[str, Any]:
@@ -269,51 +220,6 @@ def environment(trainer: L.Trainer) -> dict[str, Any]:
         "strategy": type(trainer.strategy).__name__,
         "precision": str(trainer.precision),
     }
-
-
-def differences(stored: Any, wanted: Any, key: str = "", *, one_sided: bool = True) -> dict[str, tuple[Any, Any]]:
-    """Where two configurations differ: dotted key -> (stored, wanted).
-
-    Args:
-        stored: the one.
-        wanted: the other.
-        key: where both stand.
-        one_sided: whether a key that only one has is a difference.
-
-    >>> differences({"a": {"b": 1, "c": [2]}}, {"a": {"b": 3, "c": [2]}, "d": None})
-    {'a.b': (1, 3)}
-    """
-    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        names = dict.fromkeys([*stored, *wanted])
-        found: dict[str, tuple[Any, Any]] = {}
-        for name in names if one_sided else (n for n in names if n in stored and n in wanted):
-            found.update(differences(stored.get(name), wanted.get(name), f"{key}.{name}" if key else name, one_sided=one_sided))
-        return found
-    if isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
-        found = {}
-        for i, (a, b) in enumerate(zip(stored, wanted, strict=True)):
-            found.update(differences(a, b, f"{key}.{i}", one_sided=one_sided))
-        return found
-    return {} if stored == wanted else {key: (stored, wanted)}
-
-
-def _complete(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Add to `stored` what older records lack (`EARLIER`), where the run in hand has it.
-
-    Returns:
-        a line for each option of the run in hand that does something else than the run did before there was a choice.
-    """
-    lines = []
-    for key, value in EARLIER.items():
-        *path, name = key.split(".")
-        both: list[Any] = [stored, wanted]
-        for part in path:
-            both = [d.get(part) if isinstance(d, Mapping) else None for d in both]
-        if isinstance(both[0], dict) and isinstance(both[1], Mapping) and name in both[1] and name not in both[0]:
-            both[0][name] = both[1][name]
-            if both[1][name] != value and "init_args" in path:
-                lines.append(f"{key} = {both[1][name]!r}: this run began before there was a choice, with what is now {value!r}.")
-    return lines
 
 
 # --- the file -----------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import lightning as L
 import torch
@@ -125,7 +125,8 @@ class DataModule(L.LightningDataModule, ABC):
 
     Training batches are shuffled, in another order every epoch, and complete (a remainder is dropped, another one in each epoch).
     Evaluation yields every sample exactly once: ranks get equally many batches, and what fills the last ones is marked as not `valid`.
-    `predict` runs over the test data.
+    `predict` runs over the test data. A subclass declares which of its options may change between two starts of one run, at least where the
+    data are (`srcflow.cli.run_identity`).
 
     Attributes:
         num_classes: labels are 0 .. num_classes - 1; 0: no labels, all are -1.
@@ -144,6 +145,7 @@ class DataModule(L.LightningDataModule, ABC):
     num_classes: int
     place_key = "data.{}"  # configuration key of a split's place, for messages
     start_method: str | None = None  # of the workers
+    free_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "num_workers", "max_bad_fraction"})  # the global batch counts
 
     def __init__(self, *, batch_size: int, num_workers: int, num_classes: int, seed: int, max_bad_fraction: float = 0.0) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
@@ -37,6 +37,7 @@ class FeatureStore(DataModule):
     """
 
     place_key = "data.path_{}"
+    place_options: ClassVar[frozenset[str]] = frozenset({"path_train", "path_val", "path_test"})
 
     def __init__(
         self,

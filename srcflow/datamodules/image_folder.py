@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
@@ -42,6 +44,9 @@ class ImageFolder(DataModule):
         DataError: in setup: missing or empty folders, classes without images, links to nothing; in a loader: files that
             cannot be decoded (names them).
     """
+
+    place_options: ClassVar[frozenset[str]] = frozenset({"train", "val", "test"})
+    earlier_options: ClassVar[Mapping[str, Any]] = MappingProxyType({"exif": "ignore"})
 
     def __init__(
         self,

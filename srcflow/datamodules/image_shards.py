@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 from srcflow.data.image_shards import ImageShardsDataset
 from srcflow.data.images import ImageSource
@@ -63,6 +65,10 @@ class ImageShards(DataModule):
             missing, no integers or out of range (all are listed); in a loader: a shard that ends early or goes on too long, images that
             cannot be decoded (names them).
     """
+
+    free_options: ClassVar[frozenset[str]] = frozenset({"index", "start_method"})
+    place_options: ClassVar[frozenset[str]] = frozenset({"train", "val", "test"})
+    earlier_options: ClassVar[Mapping[str, Any]] = MappingProxyType({"exif": "ignore"})
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class Task(L.LightningModule):
 
     Subclasses set `product`, the name of the attribute that holds the module the stage is there to make, and put what is only used by
     losses and metrics into `outside`: such parts are moved to the device, but neither trained, averaged, sharded nor saved.
+    They may declare which of their own options can change between two starts of one run (`srcflow.cli.run_identity`).
 
     Args:
         optimization: optimizer, schedule, clipping and the limit of non-finite steps.
@@ -57,6 +58,7 @@ class Task(L.LightningModule):
 
     product: ClassVar[str]
     shorter_test: ClassVar[str] = "Name a smaller test set."  # the cure for a test of some batches only
+    free_options: ClassVar[frozenset[str]] = frozenset({"artifact", "metrics_file", "weights"})
 
     def __init__(
         self,
@@ -170,16 +172,14 @@ class Task(L.LightningModule):
         return [self.guard]
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the trainable parameters with warm-up and cosine; nothing if nothing is trained."""
+        """The configured optimizer over the trainable parameters, and its schedule; nothing if nothing is trained."""
         strategies.check_sharded(self)
         trained = [p for p in self.parameters() if p.requires_grad]
         if not trained:
             return None
-        optimizer = self.optimization.optimizer(trained)
-        total = self.total_steps
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # one step, whatever the warm-up
-            total = max(total, self.optimization.warmup_steps + 1)
-        scheduler = self.optimization.scheduler(optimizer, total)
+        optimizer = self.optimization.build_optimizer(trained)
+        whole = not self.trainer.fast_dev_run  # type: ignore[attr-defined]  # one step, whatever the schedule
+        scheduler = self.optimization.scheduler(optimizer, self.total_steps, whole=whole)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "learning_rate"}}
 
     @property

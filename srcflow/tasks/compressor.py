@@ -43,6 +43,7 @@ class CompressorTask(ReconstructionTask):
     """
 
     product: ClassVar[str] = "compressor"
+    place_options: ClassVar[frozenset[str]] = frozenset({"autoencoder"})
 
     def __init__(
         self,

@@ -24,12 +24,12 @@ class Discriminator:
 
     Args:
         adversarial: the loss.
-        optimization: AdamW, schedule (over the task's optimizer steps), clipping and the limit of non-finite updates of the heads.
+        optimization: optimizer, schedule (over the task's optimizer steps), clipping and the limit of non-finite updates of the heads.
     """
 
     def __init__(self, adversarial: Adversarial, optimization: Optimization) -> None:
         self.adversarial, self.optimization = adversarial, optimization
-        self.optimizer = optimization.optimizer(adversarial.parameters())
+        self.optimizer = optimization.build_optimizer(adversarial.parameters())
         self.skipped = self.in_a_row = 0
         self.paused = False
         self._losses: list[Tensor] = []

@@ -77,6 +77,11 @@ class FlowTask(Task):
         "or name a smaller test set."
     )
 
+    free_options: ClassVar[frozenset[str]] = frozenset(
+        {"evaluation", "guidance", "solver", "temperature", "initial", "checkpoint_every", "compile_layers"}
+    )
+    place_options: ClassVar[frozenset[str]] = frozenset({"codec", "autoencoder"})
+
     def __init__(
         self,
         flow: Flow,

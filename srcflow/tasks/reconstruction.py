@@ -170,6 +170,12 @@ class ReconstructionTask(Task):
         """Whether any image loss has a weight, so that training decodes images at all."""
         return self.pixel_weight > 0 or "perceptual" in self.outside or self.discriminator is not None
 
+    def configure_optimizers(self) -> Any:
+        """See `Task.configure_optimizers`; the heads' schedule must fit into the run, too."""
+        if self.discriminator is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.discriminator.optimization.check(self.total_steps, "discriminator")
+        return super().configure_optimizers()
+
     def on_train_start(self) -> None:
         """Start the discriminator, or end a fit that has nothing to train (what is fitted by statistics is ready by now)."""
         if self.discriminator is not None:

@@ -15,9 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from srcflow import artifacts, cli
+from srcflow import artifacts
 from srcflow.autoencoders.pixels import PixelPatches
-from srcflow.cli import main, run_directory
+from srcflow.cli import main
 from srcflow.errors import ArtifactError, CheckpointError, ConfigError, ManifestMismatchError
 from srcflow.tasks.flow import FlowTask
 
@@ -213,16 +213,6 @@ def test_a_damaged_checkpoint_or_record_is_refused_before_anything_is_made(comma
             main(command)
 
 
-def test_configurations_of_other_versions_are_compared_in_what_both_know() -> None:
-    old = {"model": {"class_path": "A", "guidance": None, "gone": 1, "list": [1, {"a": 2}]}}
-    new = {"model": {"class_path": "A", "guidance": {"class_path": "B"}, "added": 0, "list": [1, {"a": 3}]}}
-    assert run_directory.differences(old, new, one_sided=False) == {
-        "model.guidance": (None, {"class_path": "B"}),
-        "model.list.1.a": (2, 3),
-    }
-    assert set(run_directory.differences(old, new)) == {"model.guidance", "model.list.1.a", "model.gone", "model.added"}
-
-
 def test_a_run_from_before_there_was_a_choice_about_exif_continues_and_says_so(command: list[str], tmp_path: Path) -> None:
     """With the new default and a warning, or without one if the old behaviour is asked for; also where its version is another one."""
     main([*command, "--data.exif", "ignore"])
@@ -236,26 +226,6 @@ def test_a_run_from_before_there_was_a_choice_about_exif_continues_and_says_so(c
             main([*command, "--ckpt_path", "last"])
         (tmp_path / "run/run.json").write_text(json.dumps(old))
         main([*command, "--ckpt_path", "last", "--data.exif", "ignore"])
-
-
-def test_every_key_that_is_left_out_is_an_option(data: Path) -> None:
-    """A list of keys that nobody has any more would hide nothing."""
-    import inspect
-
-    import lightning as L
-
-    from srcflow.datamodules.base import DataModule
-    from srcflow.tasks.base import Task
-
-    cli.load_parts()
-
-    def options(base: type) -> set[str]:
-        own = set(inspect.signature(base.__init__).parameters)  # type: ignore[misc]
-        return own.union(*(options(c) for c in base.__subclasses__() if c.__module__.startswith("srcflow")))
-
-    assert set(run_directory.MODEL_FREE + run_directory.MODEL_PLACES) <= options(Task)
-    assert set(run_directory.DATA_FREE) <= options(DataModule)
-    assert set(run_directory.TRAINER) <= set(inspect.signature(L.Trainer.__init__).parameters)
 
 
 def test_a_run_stopped_before_its_artifact_still_writes_it(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,3 +275,44 @@ def test_a_record_that_lacks_its_starts_is_refused(command: list[str], tmp_path:
     (tmp_path / "run/run.json").write_text(json.dumps(broken))
     with pytest.raises(ArtifactError, match=r"run\.json lacks what it should hold .*Move it away"):
         main([*command, "--ckpt_path", "last"])
+
+
+def test_a_run_with_another_optimizer_and_schedule_continues_bit_for_bit_and_they_belong_to_it(command: list[str], tmp_path: Path) -> None:
+    """Stochastic gradient descent with momentum and a late decay, given as options and as YAML."""
+    optimization = {
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}},
+        "schedule": {"class_path": "WSD", "init_args": {"decay_steps": 3, "shape": "linear"}},
+        "learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 2, "decay": "matrices", "weight_decay": 0.1,
+    }  # fmt: skip
+    content = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    content["model"]["init_args"]["optimization"] = optimization
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    main([*command, "--trainer.default_root_dir", str(tmp_path / "straight")])
+    main([*command, "--trainer.max_steps", "8", "--model.optimization.schedule.decay_steps", "2"])
+    resumed = [*command, "--ckpt_path", str(tmp_path / "run/checkpoints/step-4.ckpt")]
+    with pytest.raises(ManifestMismatchError) as e:
+        main(resumed)
+    assert e.value.differences == {
+        "model.init_args.optimization.schedule.init_args.decay_steps": (2, 3),
+        "trainer.max_steps": (8, 12),
+    }
+    with pytest.raises(ManifestMismatchError, match=r"optimization\.optimizer\.init_args\.momentum: stored 0\.9, this run 0\.8"):
+        main([*resumed, "--model.optimization.optimizer.init_args.momentum", "0.8"])
+    main(
+        [*resumed, "--change_config", "true"]
+    )  # nothing has decayed at step 4, so a longer run continues as if it had always been that long
+    a, b = (weights(tmp_path / d / "checkpoints/step-12.ckpt") for d in ("straight", "run"))
+    keys = ["state_dict", "raw_state", "optimizer_states", "lr_schedulers", "global_step"]
+    assert {k: same(a[k], b[k]) for k in keys} == dict.fromkeys(keys, True)
+    groups = a["optimizer_states"][0]["param_groups"]
+    assert [(g["momentum"], g["weight_decay"]) for g in groups] == [(0.9, 0.1), (0.9, 0.0)]
+    rates = [1e-3 + 9e-3 * share for share in (0, 0.5, *[1.0] * 8, 2 / 3, 1 / 3, 0)]
+    assert groups[0]["lr"] == pytest.approx(rates[12])
+
+    back = ["--model.optimization.optimizer=null", "--model.optimization.schedule=null", "--change_config", "true"]
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint holds the state of torch\.optim\.SGD, and this run trains with torch\.optim\.AdamW"
+    ):
+        main([*command, "--ckpt_path", "last", *back])
+    with pytest.raises(ConfigError, match=r"optimization\.betas = \(0\.8, 0\.9\): has no effect on torch\.optim\.SGD"):
+        main([*command, "--model.optimization.betas", "[0.8, 0.9]"])

@@ -49,7 +49,7 @@ def one_step() -> dict[str, list[float]]:
     """Norm of every parameter's gradient, and of its change in one AdamW step, in float64."""
     model = flow().double()
     x, condition = batch(0, 32)
-    optimizer = Optimization(learning_rate=1e-3, weight_decay=1e-2).optimizer(model.parameters())
+    optimizer = Optimization(learning_rate=1e-3, weight_decay=1e-2).build_optimizer(model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     flow_objective(model, x, condition).total.backward()
     gradients = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
@@ -61,7 +61,7 @@ def curve() -> list[float]:
     """Losses of 100 steps in float64, averaged over 5 at a time."""
     model = flow().double()
     settings = Optimization(learning_rate=3e-3, warmup_steps=10, weight_decay=1e-4)
-    optimizer = settings.optimizer(model.parameters())
+    optimizer = settings.build_optimizer(model.parameters())
     scheduler = settings.scheduler(optimizer, 100)
     losses = []
     for step in range(100):
