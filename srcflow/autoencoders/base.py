@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from srcflow.noise import Noise
@@ -39,6 +40,21 @@ class Autoencoder(nn.Module, metaclass=Recorded):
     @abstractmethod
     def features(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Raw features (B, N, D) of images (B, 3, H, W) in [0, 1], and their grid; no gradient."""
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None, Grid]:
+        """Mean (B, N, D) and standard deviation (B, N, D) of the raw features, and their grid; no gradient.
+
+        The deviation is None where features are a function of the image; then the mean is `features`.
+        """
+        features, grid = self.features(images)
+        return features, None, grid
+
+    def feature_source(self) -> tuple[str, nn.Module]:
+        """What determines `posterior`: the field of a feature store's manifest that it stands in, and the module whose specification and
+        weights have to be the same for stored features to be those of this autoencoder.
+        """
+        return "autoencoder", self
 
     @abstractmethod
     def normalize(self, raw: Tensor, noise: Tensor | None = None) -> Tensor:

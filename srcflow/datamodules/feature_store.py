@@ -14,7 +14,7 @@ from srcflow.errors import ConfigError
 
 
 class FeatureStore(DataModule):
-    """Stored features (`srcflow encode`), with the images, labels and flip flags that belong to them.
+    """Stored features (`srcflow encode`), with what belongs to them: images, labels, flip flags, the features' deviation, further keys.
 
     Training draws from all rows (mirror images are rows of their own); evaluation sees each image once, not mirrored. All splits must come
     from the same encoder, weights, grid, dtype and transform.
@@ -63,7 +63,7 @@ class FeatureStore(DataModule):
         if self.num_classes == 0:
             data.labels[:] = -1
         for _, other in sorted(self._opened.items())[:1]:
-            common = ("encoder", "transform", "grid", "dim", "dtype", "image_size", "precision")
+            common = ("encoder", "autoencoder", "deviation", "extras", "transform", "grid", "dim", "dtype", "image_size", "precision")
             data.check({name: getattr(other.manifest, name) for name in common})
         return data
 
@@ -78,7 +78,7 @@ class FeatureStore(DataModule):
         """Refuse stores that do not belong to a run; only fields that `expected` has are compared.
 
         Args:
-            expected: manifest fields, e.g. {"encoder": {"spec": spec_of(encoder), "weights": weights_hash(encoder)}}.
+            expected: manifest fields, e.g. `manifest.made_by(autoencoder)`.
 
         Raises:
             ConfigError: no split is configured.
