@@ -236,7 +236,7 @@ class Rules:
             for name in {key, *rule.names(key)}:
                 if not name.isidentifier():
                     raise ConfigError(f"rules.{key}", name, "a batch's key is a name of letters, digits and underscores.")
-                if name in taken or (name != key and name in self.extra):
+                if name in taken or (name != key and name in self.extra) or rule.names(key).count(name) > 1:
                     raise ConfigError(f"rules.{key}", name, "stands for something else in a batch already.", "Choose another name.")
                 taken.add(name)
         self.samples = {**_MORE, **self.extra}
