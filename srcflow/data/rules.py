@@ -311,14 +311,14 @@ class Rules:
             which: (B,) bool.
         """
         kept, found = which.tolist(), {}
-        for name in self.declared(batch):
-            column = cast(Columns, batch)[name]
-            found[name] = column[which] if isinstance(column, Tensor) else [v for v, k in zip(column, kept, strict=True) if k]
+        for key, rule in self.extra.items():
+            for name in rule.names(key):
+                column = cast(Columns, batch).get(name)
+                if isinstance(column, Tensor):
+                    found[name] = column[which]
+                elif column is not None:
+                    found[name] = column if isinstance(rule, Common) else [v for v, k in zip(column, kept, strict=True) if k]
         return found
-
-    def declared(self, batch: Batch) -> list[str]:
-        """Names of a batch's columns whose rules were declared."""
-        return [name for key, rule in self.extra.items() for name in rule.names(key) if name in batch]
 
     def unknown(self, key: str, where: str = "") -> DataError:
         """What to raise for a key without a rule."""
