@@ -132,4 +132,4 @@ def _autoencoder(path: str) -> Autoencoder:
     from srcflow import artifacts
     from srcflow.autoencoders.base import Autoencoder
 
-    return artifacts.load(path, Autoencoder)  # type: ignore[type-abstract]  # a subclass is built
+    return artifacts.load(path, Autoencoder)

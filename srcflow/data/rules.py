@@ -229,7 +229,7 @@ class Rules:
     def __init__(self, *declared: Mapping[str, Rule]) -> None:
         self.extra: dict[str, Rule] = {key: rule for rules in declared for key, rule in rules.items()}
         taken = {*OWN, *_COLUMNS, *_MORE}
-        for key, rule in self.extra.items():
+        for key, rule in cast("dict[str, Any]", self.extra).items():
             if not isinstance(rule, Rule):
                 cure = "Write Stack(), Pad(), Keep() or Drop() of srcflow.data.rules."
                 raise ConfigError(f"rules.{key}", rule, "is no rule.", cure)
@@ -310,7 +310,8 @@ class Rules:
             batch: of B rows.
             which: (B,) bool.
         """
-        kept, found = which.tolist(), {}
+        kept: list[bool] = which.tolist()
+        found: Columns = {}
         for key, rule in self.extra.items():
             for name in rule.names(key):
                 column = cast(Columns, batch).get(name)

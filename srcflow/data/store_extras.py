@@ -199,7 +199,7 @@ def _unit(kind: Mapping[str, Any]) -> int:
     if kind["rule"] == "Keep":
         return 1
     dtype: torch.dtype = getattr(torch, kind["dtype"])
-    return math.prod(kind["shape"]) * dtype.itemsize
+    return int(math.prod(kind["shape"])) * dtype.itemsize
 
 
 def _bytes(value: Tensor) -> bytes:
