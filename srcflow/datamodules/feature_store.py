@@ -7,7 +7,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from srcflow.autoencoders.base import Autoencoder
 from srcflow.data.feature_store import FeatureStoreDataset
+from srcflow.data.manifest import made_by
 from srcflow.data.shard_labels import count_labels
 from srcflow.datamodules.base import SPLITS, DataModule, Split
 from srcflow.errors import ConfigError
@@ -84,8 +86,30 @@ class FeatureStore(DataModule):
             ConfigError: no split is configured.
             ManifestMismatchError: names each field that differs.
         """
+        for data in self._configured():
+            data.check(expected)
+
+    def check_maker(self, autoencoder: Autoencoder) -> None:
+        """Refuse stores whose features are not those of a run's autoencoder (`Autoencoder.feature_source`).
+
+        A store that a program of its own wrote without saying what made the features passes, unless the autoencoder's features are those
+        of a frozen encoder.
+
+        Args:
+            autoencoder: with its weights, of which a hash is taken.
+
+        Raises:
+            ConfigError: no split is configured.
+            ManifestMismatchError: names each field that differs.
+        """
+        expected = made_by(autoencoder)
+        for data in self._configured():
+            manifest = data.manifest
+            if "encoder" in expected or manifest.autoencoder or manifest.encoder.get("spec"):
+                data.check(expected)
+
+    def _configured(self) -> list[FeatureStoreDataset]:
         configured = [s for s in SPLITS if self.places[s] is not None]
         if not configured:
             raise ConfigError("data", type(self).__name__, "no store is configured.", "Set path_train, path_val or path_test.")
-        for split in configured:
-            self.dataset(split, training=split == "train").check(expected)
+        return [self.dataset(split, training=split == "train") for split in configured]

@@ -24,7 +24,6 @@ from srcflow import artifacts, noise
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, like
 from srcflow.callbacks.non_finite import BadStep, NonFiniteGuard
-from srcflow.data.manifest import made_by
 from srcflow.datamodules.base import DataModule, Resumable
 from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
@@ -231,7 +230,7 @@ class Task(L.LightningModule):
         """Refuse stored features of another encoder or autoencoder; once, since it takes a hash of the weights."""
         store, codec = getattr(self._trainer, "datamodule", None), self.codec_of_run()
         if isinstance(store, FeatureStore) and isinstance(codec, Autoencoder) and self._checked is not store:
-            store.check(made_by(codec))
+            store.check_maker(codec)
             self._checked = store
 
     def codec_of_run(self) -> nn.Module | None:

@@ -106,9 +106,9 @@ def test_an_autoencoder_stores_its_deviation(folder: Path, tmp_path: Path, capsy
     assert (batch["features"].float() - autoencoder.features(batch["images"].float() / 255)[0]).abs().max() < 1e-3
     assert batch["deviation"].shape == batch["features"].shape
     assert batch["deviation"].eq(0.5).all()
-    data.check(made_by(autoencoder))
+    data.check_maker(autoencoder)
     with pytest.raises(ManifestMismatchError, match=r"autoencoder.spec.init_args.deviation: stored 0.5, this run 0.25"):
-        data.check(made_by(HalfMeans()))
+        data.check_maker(HalfMeans())
     with pytest.raises(ManifestMismatchError, match=r"encoder.weights"):
         data.check({"encoder": {"weights": "abc"}})
 
@@ -135,6 +135,9 @@ def test_a_trained_autoencoder_is_read_from_its_directory(folder: Path, tmp_path
     main([*arguments(folder, tmp_path / "store", ["--artifact", str(tmp_path / "stage0")]), "--dtype", "float32"])
     store = FeatureStoreDataset(tmp_path / "store")
     store.check({"encoder": {"spec": spec_of(encoder), "weights": weights_hash(encoder)}})
+    FeatureStore(str(tmp_path / "store")).check_maker(autoencoder)
+    with pytest.raises(ManifestMismatchError, match=r"autoencoder.weights: stored None"):
+        FeatureStore(str(tmp_path / "store")).check_maker(HalfMeans())
     assert store.manifest.autoencoder == {}
     batch = store.__getitems__(range(5))
     assert (batch["features"] - autoencoder.features(batch["images"].float() / 255)[0]).abs().max() < 1e-4

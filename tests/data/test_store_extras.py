@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.data.encode import encode_images
 from srcflow.data.feature_store import FeatureStoreDataset, FeatureStoreWriter
 from srcflow.data.rules import Common, Drop, Keep, Pad, Rule, Rules, Stack
 from srcflow.data.sampler import Draw
+from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ArtifactError, DataError, ManifestMismatchError, ShapeError
 from srcflow.types import Batch, Grid
 
@@ -109,6 +111,7 @@ def test_without_them_a_store_is_what_it_was(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "store").glob("*extra*")) == []
     with pytest.raises(ManifestMismatchError, match=r"autoencoder.weights: stored None, this run 'x'"):
         data.check({"autoencoder": {"weights": "x"}})
+    FeatureStore(str(tmp_path / "store")).check_maker(PixelPatches(4, 1))  # nothing is known of its maker
 
 
 @pytest.mark.parametrize(
