@@ -65,7 +65,7 @@ class Stack(Rule):
 
     def collate(self, key: str, values: Sequence[Any]) -> Columns:
         """See `Rule.collate`; rows without a value are zero."""
-        tensors = _tensors(key, values, "Declare Keep() for what is no number.")
+        tensors = _tensors(key, values, "Declare Keep() for what is not a number.")
         present = [t for t in tensors if t is not None]
         like = present[0]
         for t in present:
@@ -107,7 +107,7 @@ class Pad(Rule):
 
     def collate(self, key: str, values: Sequence[Any]) -> Columns:
         """See `Rule.collate`; rows without a value have length 0."""
-        tensors = _tensors(key, values, "Declare Keep() for what is no number.")
+        tensors = _tensors(key, values, "Declare Keep() for what is not a number.")
         like = next(t for t in tensors if t is not None)
         for t in tensors:
             if t is not None and (t.ndim == 0 or t.shape[1:] != like.shape[1:]):
@@ -220,7 +220,7 @@ class Rules:
         columns: rules of everything a batch may hold, by the sample's key, or the batch's own.
 
     Raises:
-        ConfigError: a key that is no name, is one of the package's own, or stands for two things; or what is declared is no rule.
+        ConfigError: a key that is not a name, is one of the package's own, or stands for two things; or what is declared is not a rule.
 
     >>> sorted(Rules({"caption": Keep(), "text": Pad(mask="mask")}).names - Rules().names)
     ['caption', 'mask', 'text']
@@ -232,7 +232,7 @@ class Rules:
         for key, rule in cast("dict[str, Any]", self.extra).items():
             if not isinstance(rule, Rule):
                 cure = "Write Stack(), Pad(), Keep() or Drop() of srcflow.data.rules."
-                raise ConfigError(f"rules.{key}", rule, "is no rule.", cure)
+                raise ConfigError(f"rules.{key}", rule, "is not a rule.", cure)
             for name in {key, *rule.names(key)}:
                 if not name.isidentifier():
                     raise ConfigError(f"rules.{key}", name, "a batch's key is a name of letters, digits and underscores.")
@@ -349,7 +349,7 @@ def _tensors(key: str, values: Sequence[Any], cure: str) -> list[Tensor | None]:
         try:
             t = None if v is ABSENT else v if isinstance(v, Tensor) else torch.as_tensor(np.array(v) if isinstance(v, np.ndarray) else v)
         except (TypeError, ValueError, RuntimeError) as e:
-            raise DataError(f"batch key {key!r}: a value of type {type(v).__name__} is no tensor, array or number. {cure}") from e
+            raise DataError(f"batch key {key!r}: a value of type {type(v).__name__} is not a tensor, array or number. {cure}") from e
         like = t if like is None else like
         if t is not None and like is not None and t.dtype != like.dtype:
             raise DataError(f"batch key {key!r}: values of {like.dtype} and {t.dtype} in one batch. Give all the same type.")

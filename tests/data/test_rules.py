@@ -83,7 +83,7 @@ def test_a_batch_made_by_its_data_set_loses_what_is_dropped() -> None:
     [
         ({"size": np.array([1, 2, 3])}, r"'size': values of shapes \(2,\) and \(3,\) cannot be stacked.*Pad\(\)"),
         ({"size": np.array([1.0, 2.0])}, r"'size': values of torch.int64 and torch.float64"),
-        ({"size": "large"}, r"'size': a value of type str is no tensor, array or number. Declare Keep\(\)"),
+        ({"size": "large"}, r"'size': a value of type str is not a tensor, array or number. Declare Keep\(\)"),
         ({"words": torch.ones(2, 3)}, r"'words': values of shapes \(2, 2\) and \(2, 3\) cannot be padded"),
         ({"words": torch.ones(())}, r"'words': values of shapes .* cannot be padded"),
         ({"words": torch.ones(1, 2).half()}, r"'words': values of torch.float32 and torch.float16"),
@@ -115,8 +115,8 @@ def test_all_samples_of_a_batch_have_the_same_keys() -> None:
         ({"a": Pad(mask="m"), "b": Pad(mask="m")}, "rules.b = 'm'"),
         ({"a": Pad(mask="a")}, "rules.a = 'a'"),
         ({"a b": Stack()}, "rules.a b = 'a b': a batch's key is a name"),
-        ({"a": "stack"}, r"rules.a = 'stack': is no rule. Write Stack\(\)"),
-        ({"a": Stack}, r"rules.a = <class .*is no rule"),
+        ({"a": "stack"}, r"rules.a = 'stack': is not a rule. Write Stack\(\)"),
+        ({"a": Stack}, r"rules.a = <class .*is not a rule"),
     ],
 )
 def test_rules_that_cannot_be(declared: dict[str, Any], message: str) -> None:
