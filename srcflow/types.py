@@ -26,11 +26,14 @@ NULL_LABEL = -1
 
 
 class Batch(TypedDict, total=False):
-    """What a datamodule yields. `images` or `features` (or both) is present; `labels`, `indices` and `valid` always are."""
+    """What a datamodule yields. `images` or `features` (or both) is present; `labels`, `indices` and `valid` always are.
+
+    Data sets and datamodules may add keys, by rules that they declare (`data.rules`).
+    """
 
     images: Tensor  # (B, 3, H, W) uint8
-    features: Tensor  # (B, N, D) raw features of unit RMS, from a feature store
-    deviation: Tensor  # (B, N, D) of the features' posterior, from a feature store
+    features: Tensor  # (B, N, D) raw features, from a feature store
+    deviation: Tensor  # (B, N, D) standard deviation of `features`, where the autoencoder that made them has one
     grid: Grid  # of `features`
     labels: Tensor  # (B,) int64, -1 where there is none
     indices: Tensor  # (B,) int64, global sample index: the key of a sample's random numbers

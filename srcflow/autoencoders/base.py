@@ -43,12 +43,18 @@ class Autoencoder(nn.Module, metaclass=Recorded):
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None, Grid]:
-        """Mean (B, N, D) and standard deviation (B, N, D), or None, of the raw features of images (B, 3, H, W) in [0, 1]; their grid.
+        """Mean (B, N, D) and standard deviation (B, N, D) of the raw features, and their grid; no gradient.
 
-        An encoder whose features are not random has no deviation, and its features are the mean.
+        The deviation is None where features are a function of the image; then the mean is `features`.
         """
-        mean, grid = self.features(images)
-        return mean, None, grid
+        features, grid = self.features(images)
+        return features, None, grid
+
+    def feature_source(self) -> tuple[str, nn.Module]:
+        """What determines `posterior`: the field of a feature store's manifest that it stands in, and the module whose specification and
+        weights have to be the same for stored features to be those of this autoencoder.
+        """
+        return "autoencoder", self
 
     @abstractmethod
     def normalize(self, raw: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -129,6 +129,10 @@ class RepresentationAutoencoder(Autoencoder):
         """See `Autoencoder.features`: the encoder's tokens of unit RMS."""
         return self.encoder(images)  # type: ignore[no-any-return]  # torch is untyped here
 
+    def feature_source(self) -> tuple[str, nn.Module]:
+        """See `Autoencoder.feature_source`: the frozen encoder, whatever decodes."""
+        return "encoder", self.encoder
+
     def normalize(self, raw: Tensor, noise: Tensor | None = None) -> Tensor:
         """See `Autoencoder.normalize`: (raw + noise - mean) / sqrt(var + eps), at least float32.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, NoReturn, TypedDict, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from srcflow.data.rules import BUILT_IN, Columns, Common, Rules
 from srcflow.errors import DataError, UndecodableError
 from srcflow.types import Batch
 
@@ -26,36 +27,44 @@ class _Sample(TypedDict):
 
 
 class Sample(_Sample, total=False):
-    """One image as a dataset yields it."""
+    """One image as a dataset yields it. Further keys enter batches by the rules that the data set declares (`rules.Rule`)."""
 
     error: str  # why the image is black: it could not be decoded
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate(samples: Sequence[Sample], rules: Rules = BUILT_IN) -> Batch:
     """Stack samples of equal size into a batch.
+
+    Args:
+        samples: from a data set.
+        rules: of their further keys.
 
     Raises:
         UndecodableError: one of them could not be decoded.
+        DataError: a key without a rule, or with one that does not fit.
     """
     for sample in samples:
         if "error" in sample:
             raise UndecodableError(sample["error"])
-    return _stack(samples)
+    return _stack(samples, rules)
 
 
-def collate_tolerantly(samples: Sequence[Sample]) -> tuple[Batch, Bad]:
-    """Stack samples, and say which of them could not be decoded; `BadSamples.mend` replaces them."""
-    return _stack(samples), [(row, s["error"]) for row, s in enumerate(samples) if "error" in s]
+def collate_tolerantly(samples: Sequence[Sample], rules: Rules = BUILT_IN) -> tuple[Batch, Bad]:
+    """Stack samples, and say which of them could not be decoded; `BadSamples.mend` replaces them.
+
+    Further keys are missing in the batch where none of them could be decoded.
+    """
+    return _stack(samples, rules), [(row, s["error"]) for row, s in enumerate(samples) if "error" in s]
 
 
-def as_batch(samples: Any) -> Batch:
-    """Samples to a batch; a data set that reads whole batches has made one already."""
-    return samples if isinstance(samples, dict) else collate(samples)  # type: ignore[return-value]  # a Batch is a dict
+def as_batch(samples: Any, rules: Rules = BUILT_IN) -> Batch:
+    """Samples to a batch; a data set that reads whole batches has made one already. Raises as `collate` does."""
+    return rules.checked(cast(Batch, samples)) if isinstance(samples, dict) else collate(samples, rules)
 
 
-def as_training_batch(samples: Any) -> Batch | tuple[Batch, Bad]:
+def as_training_batch(samples: Any, rules: Rules = BUILT_IN) -> Batch | tuple[Batch, Bad]:
     """As `as_batch`, with a list of the samples that could not be decoded."""
-    return samples if isinstance(samples, dict) else collate_tolerantly(samples)  # type: ignore[return-value]  # a Batch is a dict
+    return rules.checked(cast(Batch, samples)) if isinstance(samples, dict) else collate_tolerantly(samples, rules)
 
 
 def unchanged(item: Any) -> Any:
@@ -63,34 +72,34 @@ def unchanged(item: Any) -> Any:
     return item
 
 
-def _stack(samples: Sequence[Sample]) -> Batch:
-    return Batch(
+def _stack(samples: Sequence[Sample], rules: Rules) -> Batch:
+    batch = Batch(
         images=default_collate([s["image"] for s in samples]),  # in a worker: straight into shared memory
         labels=torch.tensor([s["label"] for s in samples], dtype=torch.int64),
         indices=torch.tensor([s["index"] for s in samples], dtype=torch.int64),
         valid=torch.tensor([s["valid"] for s in samples], dtype=torch.bool),
         flipped=torch.tensor([s["flipped"] for s in samples], dtype=torch.bool),
     )
+    cast(Columns, batch).update(rules.collate(samples))
+    return batch
 
 
-def join(shares: Sequence[tuple[Batch, Bad]], *, pin: bool = False) -> tuple[Batch, Bad]:
+def join(shares: Sequence[tuple[Batch, Bad]], *, pin: bool = False, rules: Rules = BUILT_IN) -> tuple[Batch, Bad]:
     """Put parts of a batch one behind the other.
 
     Args:
-        shares: with equal keys.
+        shares: with equal keys; one without a sample that could be decoded may lack those that were declared.
         pin: into page-locked memory, from which copies to a GPU are faster.
+        rules: of their further keys.
+
+    Raises:
+        DataError: parts that do not fit each other.
     """
-    joined: dict[str, Tensor] = {}
-    for name in shares[0][0]:
-        columns = [cast(dict[str, Tensor], batch)[name] for batch, _ in shares]
-        shape = (sum(len(c) for c in columns), *columns[0].shape[1:])
-        out = torch.empty(shape, dtype=columns[0].dtype, pin_memory=True) if pin else None
-        joined[name] = columns[0] if len(columns) == 1 and not pin else torch.cat(columns, out=out)
+    rows = [len(batch["indices"]) for batch, _ in shares]
+    joined = rules.join([(cast(Columns, batch), n, len(bad) < n) for (batch, bad), n in zip(shares, rows, strict=True)], pin=pin)
     bad: Bad = []
-    before = 0
-    for batch, found in shares:
-        bad += [(before + row, message) for row, message in found]
-        before += len(batch["indices"])
+    for i, (_, found) in enumerate(shares):
+        bad += [(sum(rows[:i]) + row, message) for row, message in found]
     return cast(Batch, joined), bad
 
 
@@ -99,18 +108,19 @@ class BadSamples:
 
     Args:
         fraction: of an epoch's samples that may be bad; 0: none.
+        rules: of the batches' further keys.
 
     Attributes:
         messages: what was said of each bad sample of the present epoch, by its global index.
         total: how many were met in all epochs.
-        spare: the last good row given, of one sample; None: none yet.
+        spare: the last row given, by the sample's keys; None: none yet.
     """
 
-    def __init__(self, fraction: float) -> None:
-        self.fraction = fraction
+    def __init__(self, fraction: float, rules: Rules = BUILT_IN) -> None:
+        self.fraction, self.rules = fraction, rules
         self.messages: dict[int, str] = {}
         self.total = 0
-        self.spare: dict[str, Tensor] | None = None
+        self.spare: Columns | None = None
         self._epoch: int | None = None
 
     def mend(self, batch: Batch, bad: Bad, *, epoch: int, samples: int) -> Batch:
@@ -140,18 +150,23 @@ class BadSamples:
                 warnings.warn(f"bad sample {len(self.messages)} of epoch {epoch}, replaced by another: {message}", stacklevel=2)
         if len(self.messages) > self.fraction * samples:
             self._stop(f"more than data.max_bad_fraction = {self.fraction:g} of this rank's {samples} samples in an epoch")
-        columns = {name: column for name, column in cast(dict[str, Any], batch).items() if isinstance(column, Tensor)}
-        if len(rows) == size and self.spare is None:
+        columns = cast(Columns, batch)
+        if len(rows) < size:
+            own = [column for name, column in columns.items() if not isinstance(self.rules.columns.get(name), Common)]
+            for row in rows:
+                good = next(r % size for r in range(row + 1, row + size) if r % size not in rows)
+                for column in own:
+                    column[row] = column[good]
+        elif self.spare is None:
             self._stop("with no good one before them to put in their place")
-        for row in rows:
-            good = next((r % size for r in range(row + 1, row + size) if r % size not in rows), None)
-            for name, column in columns.items():
-                column[row] = cast(dict[str, Tensor], self.spare)[name] if good is None else column[good]
+        else:
+            for key, value in self.spare.items():
+                columns.update(self.rules.columns[key].collate(key, [value] * size))
         if self.fraction:  # else the first bad one ends the run
-            self.spare = {name: column[size - 1].clone() for name, column in columns.items()}
+            self.spare = {key: rule.value(key, columns, size - 1) for key, rule in self.rules.columns.items() if key in columns}
         return batch
 
-    def _stop(self, why: str) -> None:
+    def _stop(self, why: str) -> NoReturn:
         shown = list(self.messages.values())[:20]
         more = f"\n  ... and {len(self.messages) - 20} more" if len(self.messages) > 20 else ""
         raise DataError(f"{len(self.messages)} samples of epoch {self._epoch} do not decode, {why}:\n  " + "\n  ".join(shown) + more)

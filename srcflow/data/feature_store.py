@@ -3,10 +3,12 @@
 A store is a folder:
 
     features.npy   (M, N, D) float16 | float32 | uint16 (the bits of bfloat16)
+    deviation.npy  as features, where the autoencoder has one: the standard deviation of each feature
     images.npy     (M, 3, H, W) uint8
     labels.npy     (M,) int64, -1 where there is none
     flipped.npy    (M,) bool
     keys.npy, key_offsets.npy   UTF-8 bytes of the n keys and where each begins
+    extra_*        further keys of the samples, see `store_extras`
     manifest.json  see `manifest.Manifest`
 
 M = n, or 2n where each image was also stored mirrored: row i + n is the mirror image of row i. The row is the global sample index.
@@ -19,9 +21,10 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,7 +33,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from srcflow.data.manifest import AGAIN, DTYPES, Manifest, is_store
+from srcflow.data.rules import BUILT_IN, Rules
 from srcflow.data.sampler import Draw
+from srcflow.data.store_extras import ExtrasWriter, StoredExtras
 from srcflow.data.strings import StringTable
 from srcflow.errors import ArtifactError, ConfigError, DataError, ShapeError
 from srcflow.files import check_writable
@@ -53,6 +58,8 @@ class FeatureStoreWriter:
         dtype: of the stored features: float16, bfloat16 or float32.
         manifest: further fields of `Manifest` (grid is required; encoder, transform, source, precision, versions).
         flip: room for the mirror images, rows n .. 2n - 1.
+        deviation: room for the deviation of the features, too.
+        rules: of the further keys that `write` is given.
 
     Raises:
         ArtifactError: `path` exists.
@@ -72,13 +79,17 @@ class FeatureStoreWriter:
         dtype: str = "float16",
         manifest: Mapping[str, Any],
         flip: bool = False,
+        deviation: bool = False,
+        rules: Rules = BUILT_IN,
     ) -> None:
         self.path = Path(path)
         if dtype not in DTYPES:
             raise ConfigError("dtype", dtype, "features cannot be stored like this.", f"Known: {', '.join(DTYPES)}.")
         if n < 1:
             raise ConfigError("n", n, "a store has at least one image.")
-        self.manifest = Manifest(count=n, flip=flip, tokens=tokens, dim=dim, dtype=dtype, image_size=image_size, **manifest)
+        self.manifest = Manifest(
+            count=n, flip=flip, tokens=tokens, dim=dim, dtype=dtype, image_size=image_size, deviation=deviation, **manifest
+        )
         if self.manifest.grid[0] * self.manifest.grid[1] != tokens:
             raise ShapeError(f"grid = {self.manifest.grid} does not have tokens = {tokens}")
         check_target(self.path)
@@ -88,12 +99,14 @@ class FeatureStoreWriter:
         rows = self.manifest.rows
         try:
             self._features = self._array("features", _STORED[dtype], (rows, tokens, dim))
+            self._deviation = self._array("deviation", _STORED[dtype], (rows, tokens, dim)) if deviation else None
             self._images = self._array("images", np.uint8, (rows, 3, *image_size))
             self._labels = self._array("labels", np.int64, (rows,))
             self._flipped = self._array("flipped", np.bool_, (rows,))
         except BaseException:
             shutil.rmtree(self.partial, ignore_errors=True)
             raise
+        self.rules, self._extras = rules, ExtrasWriter(self.partial, n, rules)
         self._keys: list[str | None] = [None] * n
         self._written = np.zeros(rows, np.bool_)
 
@@ -112,7 +125,16 @@ class FeatureStoreWriter:
         return array
 
     def write(
-        self, indices: Tensor, features: Tensor, images: Tensor, labels: Tensor, keys: Sequence[str], *, mirrored: bool = False
+        self,
+        indices: Tensor,
+        features: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        keys: Sequence[str],
+        *,
+        mirrored: bool = False,
+        deviation: Tensor | None = None,
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
         """Store a run of images.
 
@@ -123,17 +145,23 @@ class FeatureStoreWriter:
             labels: (B,) int64.
             keys: B names.
             mirrored: these are the mirror images.
+            deviation: (B, N, D), finite and not negative, of a store with room for it.
+            extras: columns of further keys, B rows each; a mirror image has its original's.
 
         Raises:
-            ShapeError: shapes that do not fit the store.
-            DataError: features that are not finite, or overflow in the stored dtype.
+            ShapeError: shapes that do not fit the store, or a deviation that it has no room for, or lacks.
+            DataError: features that are not finite, or overflow in the stored dtype; a deviation below 0; extras that cannot be stored.
         """
         m = self.manifest
         b = len(indices)
+        if m.deviation != (deviation is not None):
+            have, told = ("no deviation", "deviation=True") if m.deviation else ("a deviation", "deviation=False")
+            raise ShapeError(f"{have} was given to the store {self.path}, which was made with {told}")
         for name, tensor, shape in (
             ("features", features, (b, m.tokens, m.dim)),
             ("images", images, (b, 3, *m.image_size)),
             ("labels", labels, (b,)),
+            ("deviation", features if deviation is None else deviation, (b, m.tokens, m.dim)),
         ):
             if tuple(tensor.shape) != shape:
                 raise ShapeError(f"{name}: shape {tuple(tensor.shape)}, the store {self.path} has {shape}")
@@ -141,19 +169,31 @@ class FeatureStoreWriter:
             raise ShapeError(
                 f"wanted: {b} keys, uint8 images, mirror images only with flip; got {len(keys)} keys, {images.dtype}, mirrored={mirrored}"
             )
-        stored = features.detach().to("cpu", DTYPES[m.dtype])
-        if not bool(torch.isfinite(stored).all()):
-            raise DataError(
-                f"features of {keys[0]} .. {keys[-1]} are not finite as {m.dtype}. Store them as bfloat16 or float32 if they are large."
-            )
+        stored = self._stored("features", features, keys)
+        deviations = None if deviation is None else self._stored("deviation", deviation, keys)
+        if deviation is not None and bool((deviation < 0).any()):
+            raise DataError(f"the deviation of {keys[0]} .. {keys[-1]} is negative ({float(deviation.min()):g}), not a standard deviation.")
+        if not mirrored:
+            self._extras.write(indices, extras or {})
         rows = indices.numpy() + (m.count if mirrored else 0)
-        self._features[rows] = (stored.view(torch.int16).numpy().view(np.uint16)) if m.dtype == "bfloat16" else stored.numpy()
+        self._features[rows] = stored
+        if self._deviation is not None:
+            self._deviation[rows] = deviations
         self._images[rows] = images.cpu().numpy()
         self._labels[rows] = labels.cpu().numpy()
         self._flipped[rows] = mirrored
         self._written[rows] = True
         for i, k in zip(indices.tolist(), keys, strict=True):
             self._keys[i] = k
+
+    def _stored(self, name: str, values: Tensor, keys: Sequence[str]) -> NDArray[Any]:
+        """Values as they stand in the files."""
+        dtype = self.manifest.dtype
+        stored = values.detach().to("cpu", DTYPES[dtype])
+        if not bool(torch.isfinite(stored).all()):
+            cure = "Store them as bfloat16 or float32 if they are large."
+            raise DataError(f"{name} of {keys[0]} .. {keys[-1]} are not finite as {dtype}. {cure}")
+        return stored.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else stored.numpy()
 
     def close(self) -> Path:
         """Finish the store.
@@ -167,13 +207,14 @@ class FeatureStoreWriter:
         missing = np.flatnonzero(~self._written)
         if len(missing):
             raise DataError(f"{self.path}: {len(missing)} of {self.manifest.rows} rows were never written, e.g. row {missing[0]}.")
-        for array in (self._features, self._images, self._labels, self._flipped):
+        for array in (self._features, self._deviation, self._images, self._labels, self._flipped):
             if isinstance(array, np.memmap):
                 array.flush()
         keys = StringTable.of(k or "" for k in self._keys)
         try:
             np.save(self.partial / "keys.npy", keys.blob)
             np.save(self.partial / "key_offsets.npy", keys.offsets)
+            self.manifest = replace(self.manifest, extras=self._extras.close())
             self.manifest.save(self.partial)
             os.replace(self.partial, self.path)
         except OSError as e:
@@ -188,6 +229,7 @@ class FeatureStoreWriter:
             if error is None:
                 self.close()
         finally:
+            self._extras.abandon()
             shutil.rmtree(self.partial, ignore_errors=True)
 
 
@@ -226,6 +268,9 @@ class FeatureStoreDataset(Dataset[Batch]):
         with_images: also yield the images.
         originals_only: leave the mirror images out (evaluation).
 
+    Attributes:
+        rules: of the further keys that are stored.
+
     Raises:
         ArtifactError: no finished store there, or arrays that disagree with the manifest.
     """
@@ -242,6 +287,8 @@ class FeatureStoreDataset(Dataset[Batch]):
             "keys": (None, np.uint8),
             "key_offsets": ((m.count + 1,), np.int64),
         }
+        if m.deviation:
+            wanted["deviation"] = wanted["features"]
         self._arrays: dict[str, NDArray[Any]] = {}
         for name, (shape, dtype) in wanted.items():
             array = self._open(name)
@@ -255,6 +302,8 @@ class FeatureStoreDataset(Dataset[Batch]):
         ends = self.keys.offsets
         if ends[0] != 0 or ends[-1] != len(self.keys.blob) or bool((np.diff(ends) < 0).any()):
             raise ArtifactError(f"{self.path}/key_offsets.npy is damaged: it does not divide keys.npy. {AGAIN}")
+        self._extras = StoredExtras(self.path, m.count, m.extras)
+        self.rules = self._extras.rules
 
     def _open(self, name: str) -> NDArray[Any]:
         """The array, mapped once in each process."""
@@ -288,7 +337,7 @@ class FeatureStoreDataset(Dataset[Batch]):
         return self.__getitems__([draw])
 
     def __getitems__(self, draws: Sequence[Draw | int]) -> Batch:
-        """A batch of rows; `features` in the stored dtype."""
+        """A batch of rows; `features` and `deviation`, if it is there, in the stored dtype; further keys as the encoded data had them."""
         pairs = [(d.index, d.valid) if isinstance(d, Draw) else (int(d), True) for d in draws]
         rows = np.array([i for i, _ in pairs], np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= self._length):
@@ -301,13 +350,20 @@ class FeatureStoreDataset(Dataset[Batch]):
             valid=torch.tensor([v for _, v in pairs], dtype=torch.bool),
             flipped=torch.from_numpy(self.flipped[rows]),
         )
+        if self.manifest.deviation:
+            batch["deviation"] = self._tokens("deviation", rows)
         if self.with_images:
             batch["images"] = torch.from_numpy(self._open("images")[rows])
+        if self.rules:
+            cast(dict[str, Any], batch).update(self._extras.columns((rows % self.manifest.count).tolist()))
         return batch
 
     def features(self, rows: NDArray[np.int64]) -> Tensor:
         """(B, N, D) features of some rows, in the stored dtype."""
-        taken = self._open("features")[rows]
+        return self._tokens("features", rows)
+
+    def _tokens(self, name: str, rows: NDArray[np.int64]) -> Tensor:
+        taken = self._open(name)[rows]
         return torch.from_numpy(taken.view(np.int16)).view(torch.bfloat16) if self.manifest.dtype == "bfloat16" else torch.from_numpy(taken)
 
     def check(self, expected: Mapping[str, Any]) -> None:

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from srcflow.autoencoders.base import Autoencoder
+from srcflow.data import store_extras
 from srcflow.errors import ArtifactError, ManifestMismatchError
 from srcflow.files import read_json
+from srcflow.registry import spec_of
 
 VERSION = 1
 FILE = "manifest.json"
@@ -50,8 +53,13 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "source": _mapping,
     "precision": lambda v: isinstance(v, str),
     "versions": _mapping,
+    "autoencoder": _mapping,
+    "deviation": lambda v: isinstance(v, bool),
+    "extras": store_extras.fits,
 }
 """What each field of a stored manifest has to be."""
+_LATER = ("autoencoder", "deviation", "extras")
+"""Fields that a manifest has only where they say something: stores from before they were known stay what they are."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,14 @@ class Manifest:
         grid: (rows, columns) of the tokens.
         dtype: of the features: float16, bfloat16 or float32.
         image_size: (height, width) of the images.
-        encoder: {"spec": specification, "weights": hash of the weights} of the network that made the features.
+        encoder: {"spec": specification, "weights": hash of the weights} of the frozen encoder that made the features.
         transform: what was done to the pixels before.
         source: fingerprint of the data set.
         precision: arithmetic of the encoder.
         versions: of the software that wrote it; never compared.
+        autoencoder: the same of the autoencoder that made them, where it is more than a frozen encoder (`Autoencoder.feature_source`).
+        deviation: whether the deviation of the features is stored, too (`Autoencoder.posterior`).
+        extras: further keys and how they are read (`store_extras`).
         version: of this layout.
     """
 
@@ -86,6 +97,9 @@ class Manifest:
     source: dict[str, Any] = field(default_factory=dict)
     precision: str = "float32"
     versions: dict[str, str] = field(default_factory=dict)
+    autoencoder: dict[str, Any] = field(default_factory=dict)
+    deviation: bool = False
+    extras: dict[str, dict[str, Any]] = field(default_factory=dict)
     version: int = VERSION
 
     @property
@@ -95,6 +109,9 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
+        return {k: v for k, v in self._fields().items() if v or k not in _LATER}
+
+    def _fields(self) -> dict[str, Any]:
         return dict(json.loads(json.dumps(asdict(self))))
 
     def save(self, folder: Path) -> None:
@@ -117,7 +134,8 @@ class Manifest:
         version = stored.get("version")
         if isinstance(version, bool) or version != VERSION:
             raise ArtifactError(f"{path}: layout version {version!r}; this srcflow reads version {VERSION}. {AGAIN}")
-        names = {f.name for f in fields(cls)}
+        names, empty = {f.name for f in fields(cls)}, {"autoencoder": {}, "deviation": False, "extras": {}}
+        stored = {**empty, **stored}
         wrong = sorted(names ^ set(stored)) or [k for k, fits in _FITS.items() if not fits(stored[k])]
         if not wrong and math.prod(stored["grid"]) != stored["tokens"]:
             wrong = ["grid", "tokens"]
@@ -138,10 +156,19 @@ class Manifest:
         Raises:
             ManifestMismatchError: names each field that differs, dotted.
         """
-        stored = self.as_dict()
-        found = differences(stored, json.loads(json.dumps(expected)))
+        found = differences(self._fields(), json.loads(json.dumps(expected)))
         if found:
             raise ManifestMismatchError(what, found, "Encode again with `srcflow encode`, or change the run.")
+
+
+def made_by(autoencoder: Autoencoder) -> dict[str, Any]:
+    """What the manifest of a store says of the autoencoder, or the part of one, that made its features.
+
+    Args:
+        autoencoder: with its weights.
+    """
+    name, module = autoencoder.feature_source()
+    return {name: {"spec": spec_of(module), "weights": weights_hash(module)}}
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -10,7 +10,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from srcflow.data.batches import Bad, Sample, collate, collate_tolerantly
 from srcflow.data.images import ImageSource
+from srcflow.data.rules import Rules, rules_of
 from srcflow.data.sampler import Draw
 from srcflow.data.shard_index import ENCODING, LABELS, METADATA, grouped, is_file, parts, split_name
 from srcflow.data.shard_labels import NO_LABEL, parse_label
@@ -209,10 +210,14 @@ class TrainingStream(IterableDataset[tuple[Batch, Bad]]):
         chunk: samples that a step takes from each stream.
         rank: this process.
         world_size: number of processes; divides the plan's streams.
+        rules: of the samples' further keys; None: those that `images` declares.
     """
 
-    def __init__(self, images: ShardImages, plan: ShardPlan, *, chunk: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, images: ShardImages, plan: ShardPlan, *, chunk: int, rank: int = 0, world_size: int = 1, rules: Rules | None = None
+    ) -> None:
         self.images, self.plan, self.chunk = images, plan, chunk
+        self.rules = rules_of(images) if rules is None else rules
         per_rank = plan.streams // world_size
         self.streams = range(rank * per_rank, (rank + 1) * per_rank)
         self.steps = plan.length // chunk
@@ -232,7 +237,7 @@ class TrainingStream(IterableDataset[tuple[Batch, Bad]]):
         readers = [self.images.samples(plan.pieces(epoch, s), plan.order(epoch, s), epoch, step * self.chunk) for s in streams]
         try:
             for _ in range(step, self.steps):
-                yield collate_tolerantly([next(reader) for reader in readers for _ in range(self.chunk)])
+                yield collate_tolerantly([next(reader) for reader in readers for _ in range(self.chunk)], self.rules)
         finally:
             for reader in readers:
                 reader.close()
@@ -249,10 +254,21 @@ class EvaluationStream(IterableDataset[tuple[Batch, Bad]]):
         rank: this process.
         world_size: number of processes.
         limit: the first samples only.
+        rules: of the samples' further keys; None: those that `images` declares.
     """
 
-    def __init__(self, images: ShardImages, *, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        images: ShardImages,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        limit: int | None = None,
+        rules: Rules | None = None,
+    ) -> None:
         self.images, self.batch_size = images, batch_size
+        self.rules = rules_of(images) if rules is None else rules
         self.total = len(images) if limit is None else min(limit, len(images))
         per_rank = -(-self.total // world_size)
         self.start, self.stop = rank * per_rank, (rank + 1) * per_rank
@@ -277,8 +293,8 @@ class EvaluationStream(IterableDataset[tuple[Batch, Bad]]):
                     valid = slot < self.total
                     if valid or sample is None:
                         sample = next(samples)
-                    found.append(Sample(**{**sample, "valid": valid}))
-                yield collate(found), []
+                    found.append(cast(Sample, {**sample, "valid": valid}))
+                yield collate(found, self.rules), []
 
 
 def _worker() -> tuple[int, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import lightning as L
@@ -12,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
 from srcflow.data.batches import BadSamples, as_batch, as_training_batch
+from srcflow.data.rules import Rule, Rules, rules_of
 from srcflow.data.sampler import KeyedSampler
 from srcflow.data.shard_labels import without_samples
 from srcflow.data.workers import SteadyLoader, worker_start
@@ -130,6 +133,8 @@ class DataModule(L.LightningDataModule, ABC):
 
     Attributes:
         num_classes: labels are 0 .. num_classes - 1; 0: no labels, all are -1.
+        rules: what becomes of the keys that samples hold besides the package's own, in addition to the `rules` of the data set that makes
+            them and before these.
 
     Args:
         batch_size: per rank.
@@ -143,6 +148,7 @@ class DataModule(L.LightningDataModule, ABC):
     """
 
     num_classes: int
+    rules: Mapping[str, Rule] = MappingProxyType({})
     place_key = "data.{}"  # configuration key of a split's place, for messages
     start_method: str | None = None  # of the workers
     free_options: ClassVar[frozenset[str]] = frozenset({"batch_size", "num_workers", "max_bad_fraction"})  # the global batch counts
@@ -194,8 +200,21 @@ class DataModule(L.LightningDataModule, ABC):
         if self.place(split) is None:
             raise ConfigError(self.place_key.format(split), None, "is needed here.", "Name the place of the data.")
         if (split, training) not in self._opened:
-            self._opened[split, training] = self.open(split, training)
+            data = self.open(split, training)
+            self.rules_for(data)  # refuses what cannot be, before a batch is made
+            self._opened[split, training] = data
         return self._opened[split, training]
+
+    def rules_for(self, data: Any) -> Rules:
+        """The rules by which a data set's samples become batches: its own, and this datamodule's.
+
+        Args:
+            data: from `dataset`.
+
+        Raises:
+            ConfigError: they cannot be; names the key.
+        """
+        return rules_of(data, self.rules)
 
     def setup(self, stage: str | None = None) -> None:
         """Open what a stage needs, and report every problem at once.
@@ -268,10 +287,11 @@ class DataModule(L.LightningDataModule, ABC):
             "pin_memory": torch.cuda.is_available(),
             **worker_options(self.num_workers, self.start_method),
         }
+        rules = self.rules_for(data)
         if not training:
-            return SteadyLoader(data, collate_fn=as_batch, **options)
-        loader = TrainingLoader(data, collate_fn=as_training_batch, **options)
-        loader.bad = BadSamples(self.max_bad_fraction)
+            return SteadyLoader(data, collate_fn=partial(as_batch, rules=rules), **options)
+        loader = TrainingLoader(data, collate_fn=partial(as_training_batch, rules=rules), **options)
+        loader.bad = BadSamples(self.max_bad_fraction, rules)
         return loader
 
     def train_dataloader(self) -> Any:
@@ -291,7 +311,7 @@ class DataModule(L.LightningDataModule, ABC):
         return self.loader("test")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Pinning turns the grid into a list; it is a tuple again."""
+        """Pinning turns the grid into a list; it is a tuple again. Lists of strings stay as they are."""
         if isinstance(batch, dict) and "grid" in batch:
             batch["grid"] = tuple(batch["grid"])
         return batch

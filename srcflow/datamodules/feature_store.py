@@ -7,14 +7,16 @@ from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
+from srcflow.autoencoders.base import Autoencoder
 from srcflow.data.feature_store import FeatureStoreDataset
+from srcflow.data.manifest import made_by
 from srcflow.data.shard_labels import count_labels
 from srcflow.datamodules.base import SPLITS, DataModule, Split
 from srcflow.errors import ConfigError
 
 
 class FeatureStore(DataModule):
-    """Stored features (`srcflow encode`), with the images, labels and flip flags that belong to them.
+    """Stored features (`srcflow encode`), with what belongs to them: images, labels, flip flags, the features' deviation, further keys.
 
     Training draws from all rows (mirror images are rows of their own); evaluation sees each image once, not mirrored. All splits must come
     from the same encoder, weights, grid, dtype and transform.
@@ -64,7 +66,7 @@ class FeatureStore(DataModule):
         if self.num_classes == 0:
             data.labels[:] = -1
         for _, other in sorted(self._opened.items())[:1]:
-            common = ("encoder", "transform", "grid", "dim", "dtype", "image_size", "precision")
+            common = ("encoder", "autoencoder", "deviation", "extras", "transform", "grid", "dim", "dtype", "image_size", "precision")
             data.check({name: getattr(other.manifest, name) for name in common})
         return data
 
@@ -79,14 +81,36 @@ class FeatureStore(DataModule):
         """Refuse stores that do not belong to a run; only fields that `expected` has are compared.
 
         Args:
-            expected: manifest fields, e.g. {"encoder": {"spec": spec_of(encoder), "weights": weights_hash(encoder)}}.
+            expected: manifest fields, e.g. `manifest.made_by(autoencoder)`.
 
         Raises:
             ConfigError: no split is configured.
             ManifestMismatchError: names each field that differs.
         """
+        for data in self._configured():
+            data.check(expected)
+
+    def check_maker(self, autoencoder: Autoencoder) -> None:
+        """Refuse stores whose features are not those of a run's autoencoder (`Autoencoder.feature_source`).
+
+        A store that a program of its own wrote without saying what made the features passes, unless the autoencoder's features are those
+        of a frozen encoder.
+
+        Args:
+            autoencoder: with its weights, of which a hash is taken.
+
+        Raises:
+            ConfigError: no split is configured.
+            ManifestMismatchError: names each field that differs.
+        """
+        expected = made_by(autoencoder)
+        for data in self._configured():
+            manifest = data.manifest
+            if "encoder" in expected or manifest.autoencoder or manifest.encoder.get("spec"):
+                data.check(expected)
+
+    def _configured(self) -> list[FeatureStoreDataset]:
         configured = [s for s in SPLITS if self.places[s] is not None]
         if not configured:
             raise ConfigError("data", type(self).__name__, "no store is configured.", "Set path_train, path_val or path_test.")
-        for split in configured:
-            self.dataset(split, training=split == "train").check(expected)
+        return [self.dataset(split, training=split == "train") for split in configured]

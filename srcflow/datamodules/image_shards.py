@@ -212,9 +212,9 @@ class ImageShards(DataModule):
         if overfit := getattr(self.trainer, "overfit_batches", 0):  # Lightning would ask the loader for its dataset in order
             problem = "a stream of shards cannot stay at its first batches."
             raise ConfigError("trainer.overfit_batches", overfit, problem, "Use local shards and data.mode: map.")
-        (rank, world), size = self.share(), batch_size or self.batch_size
+        (rank, world), size, rules = self.share(), batch_size or self.batch_size, self.rules_for(data)
         if not training:
-            shares = EvaluationStream(data, batch_size=size, rank=rank, world_size=world, limit=limit)
+            shares = EvaluationStream(data, batch_size=size, rank=rank, world_size=world, limit=limit, rules=rules)
             return EvaluationLoader(shares, num_workers=self.num_workers, start_method=self.start_method)
         if limit is not None:
             raise ConfigError("limit", limit, "a training stream has none.", "Use the trainer's limit_train_batches.")
@@ -223,7 +223,7 @@ class ImageShards(DataModule):
         steps = len(data) // (size * world)
         plan = ShardPlan(data.shards.counts, streams, steps * chunk, max(self.shuffle_buffer // streams, 1), self.seed)
         return StreamLoader(
-            TrainingStream(data, plan, chunk=chunk, rank=rank, world_size=world),
+            TrainingStream(data, plan, chunk=chunk, rank=rank, world_size=world, rules=rules),
             batch_size=size,
             world_size=world,
             num_workers=self.num_workers,

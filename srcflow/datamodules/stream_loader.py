@@ -86,7 +86,7 @@ class StreamLoader(_Reader[TrainingStream]):
     ) -> None:
         self.stream, self.batch_size, self.world_size = stream, batch_size, world_size
         self.sampler = StreamPosition()
-        self.bad = BadSamples(max_bad_fraction)
+        self.bad = BadSamples(max_bad_fraction, stream.rules)
         self._shares = max(num_workers, 1)
         self._loader = SteadyLoader(stream, batch_size=None, collate_fn=unchanged, **worker_options(num_workers, start_method))
 
@@ -100,7 +100,7 @@ class StreamLoader(_Reader[TrainingStream]):
         items = iter(self._loader)
         for step in range(first, steps):
             shares: list[tuple[Batch, Bad]] = [next(items) for _ in range(self._shares)]
-            batch, bad = join(shares, pin=torch.cuda.is_available())
+            batch, bad = join(shares, pin=torch.cuda.is_available(), rules=self.stream.rules)
             if step + 1 == steps:
                 position.set_epoch(epoch + 1)
             else:
@@ -150,4 +150,4 @@ class EvaluationLoader(_Reader[EvaluationStream]):
 
     def __iter__(self) -> Iterator[Batch]:
         for share in self._loader:
-            yield join([cast(tuple[Batch, Bad], share)], pin=torch.cuda.is_available())[0]
+            yield join([cast(tuple[Batch, Bad], share)], pin=torch.cuda.is_available(), rules=self.stream.rules)[0]

@@ -25,7 +25,6 @@ from srcflow.autoencoders.base import Autoencoder
 from srcflow.callbacks.ema import EMA, RAW_STATE, aliases, like
 from srcflow.callbacks.non_finite import BadStep, NonFiniteGuard
 from srcflow.codec import Codec
-from srcflow.data.manifest import weights_hash
 from srcflow.datamodules.base import DataModule, Resumable
 from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.errors import ArtifactError, ConfigError, ManifestMismatchError, Problems
@@ -229,11 +228,10 @@ class Task(L.LightningModule):
             raise problem or ArtifactError(f"{what}: the weights that another rank holds are not finite.")
 
     def _check_store(self) -> None:
-        """Refuse stored features of another encoder; once, since it takes a hash of the weights."""
-        store = getattr(self._trainer, "datamodule", None)
-        encoder = getattr(self.codec_of_run(), "encoder", None)
-        if isinstance(store, FeatureStore) and encoder is not None and self._checked is not store:
-            store.check({"encoder": {"spec": spec_of(encoder), "weights": weights_hash(encoder)}})
+        """Refuse stored features of another encoder or autoencoder; once, since it takes a hash of the weights."""
+        store, codec = getattr(self._trainer, "datamodule", None), self.codec_of_run()
+        if isinstance(store, FeatureStore) and isinstance(codec, Autoencoder) and self._checked is not store:
+            store.check_maker(codec)
             self._checked = store
 
     def codec_of_run(self) -> nn.Module | None:

@@ -6,13 +6,21 @@ import pytest
 import torch
 from PIL import Image
 
+from srcflow import artifacts
+from srcflow.autoencoders.pixels import PixelPatches
+from srcflow.autoencoders.representation import RepresentationAutoencoder
+from srcflow.autoencoders.vit_decoder import ViTDecoder
 from srcflow.cli import main
 from srcflow.data.feature_store import FeatureStoreDataset
-from srcflow.data.manifest import weights_hash
+from srcflow.data.manifest import made_by, weights_hash
+from srcflow.datamodules.feature_store import FeatureStore
 from srcflow.encoders.efficientnet_lite import EfficientNetLite
+from srcflow.errors import ManifestMismatchError
 from srcflow.registry import spec_of
 
+from ..autoencoders.half_means import HalfMeans
 from ..data.made_shards import shards
+from ..datamodules.extra_keys import CaptionedFolder, N, plain, written
 
 ENCODER = ["--encoder", "EfficientNetLite", "--encoder.image_size", "32", "--encoder.stage", "1", "--encoder.weights", "null"]
 
@@ -26,9 +34,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def arguments(folder: Path, out: Path) -> list[str]:
+def arguments(folder: Path, out: Path, maker: list[str] = ENCODER) -> list[str]:
     data = ["--data", "ImageFolder", "--data.train", str(folder), "--data.size", "16", "--data.num_classes", "2", "--data.batch_size", "2"]
-    return ["encode", *ENCODER, *data, "--out", str(out)]
+    return ["encode", *maker, *data, "--out", str(out)]
 
 
 def test_encode(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,3 +90,83 @@ def test_encode_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         with pytest.raises(SystemExit):
             main([*arguments(folder, tmp_path / "store"), *extra])
         assert message in capsys.readouterr().err
+
+
+# --- autoencoders ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_autoencoder_stores_its_deviation(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = f"{HalfMeans.__module__}.HalfMeans"
+    main([*arguments(folder, tmp_path / "store", ["--autoencoder", path, "--autoencoder.deviation", "0.5"]), "--flip"])
+    assert "5 + 5 mirrored images, 2 x 3 float16 with deviation, to" in capsys.readouterr().out
+    autoencoder = HalfMeans(0.5).eval()
+    autoencoder.setup()
+    data = FeatureStore(str(tmp_path / "store"), batch_size=10)
+    batch = next(iter(data.train_dataloader()))
+    assert (batch["features"].float() - autoencoder.features(batch["images"].float() / 255)[0]).abs().max() < 1e-3
+    assert batch["deviation"].shape == batch["features"].shape
+    assert batch["deviation"].eq(0.5).all()
+    data.check_maker(autoencoder)
+    with pytest.raises(ManifestMismatchError, match=r"autoencoder.spec.init_args.deviation: stored 0.5, this run 0.25"):
+        data.check_maker(HalfMeans())
+    with pytest.raises(ManifestMismatchError, match=r"encoder.weights"):
+        data.check({"encoder": {"weights": "abc"}})
+
+
+def test_an_autoencoder_without_a_deviation(folder: Path, tmp_path: Path) -> None:
+    main(
+        arguments(
+            folder, tmp_path / "store", ["--autoencoder", "PixelPatches", "--autoencoder.image_size", "16", "--autoencoder.patch_size", "8"]
+        )
+    )
+    store = FeatureStoreDataset(tmp_path / "store")
+    store.check(made_by(PixelPatches(16, 8)))
+    assert store.manifest.encoder == {}
+    assert "deviation" not in store[0]
+
+
+def test_a_trained_autoencoder_is_read_from_its_directory(folder: Path, tmp_path: Path) -> None:
+    """Its features are its encoder's: the store is the same as one of the encoder alone, and belongs to any decoder."""
+    torch.manual_seed(3)
+    encoder = EfficientNetLite(image_size=32, stage=1, weights=None)
+    grid = encoder(torch.zeros(1, 3, 32, 32))[1]
+    autoencoder = RepresentationAutoencoder(encoder, ViTDecoder(encoder.dim, dim=8, depth=1, heads=2, mlp_dim=8, patch=4, grid=grid[0]))
+    artifacts.save(tmp_path / "stage0", autoencoder, manifest={})
+    main([*arguments(folder, tmp_path / "store", ["--artifact", str(tmp_path / "stage0")]), "--dtype", "float32"])
+    store = FeatureStoreDataset(tmp_path / "store")
+    store.check({"encoder": {"spec": spec_of(encoder), "weights": weights_hash(encoder)}})
+    FeatureStore(str(tmp_path / "store")).check_maker(autoencoder)
+    with pytest.raises(ManifestMismatchError, match=r"autoencoder.weights: stored None"):
+        FeatureStore(str(tmp_path / "store")).check_maker(HalfMeans())
+    assert store.manifest.autoencoder == {}
+    batch = store.__getitems__(range(5))
+    assert (batch["features"] - autoencoder.features(batch["images"].float() / 255)[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("maker", "message"),
+    [
+        ([], "encoder = None: nothing is there that makes features. Give one of --encoder, --autoencoder and --artifact."),
+        ([*ENCODER, "--artifact", "stage0"], "artifact = 'stage0': does not go with --encoder"),
+        (["--artifact", "nowhere"], "nowhere"),
+    ],
+)
+def test_one_thing_makes_features(maker: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments(folder, tmp_path / "store", maker))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_keys_of_the_data_are_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = written(tmp_path)
+    data = ["--data", f"{CaptionedFolder.__module__}.CaptionedFolder", "--data.train", str(place / "folder"), "--data.size", "16"]
+    main(["encode", *ENCODER, *data, "--data.batch_size", "4", "--out", str(tmp_path / "store"), "--flip"])
+    assert "float16 with caption, words, size, to" in capsys.readouterr().out
+    stored = FeatureStore(str(tmp_path / "store"), batch_size=7)
+    again = CaptionedFolder(str(place / "folder"), size=16, batch_size=7)
+    keys = ("caption", "words", "real_words", "size")
+    for ours, wanted in zip(stored.loader("train", limit=N), again.loader("train"), strict=True):
+        assert {k: plain(ours)[k] for k in keys} == {k: plain(wanted)[k] for k in keys}
+    batch = next(iter(FeatureStore(str(tmp_path / "store"), batch_size=2 * N, num_workers=1).train_dataloader()))
+    assert batch["caption"] == [f"image {i % N}" for i in batch["indices"].tolist()]
