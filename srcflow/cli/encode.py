@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from srcflow.errors import ConfigError, Problems
@@ -11,18 +12,26 @@ if TYPE_CHECKING:
 
     from srcflow.cli.parser import Parser
 
+FAMILIES = ("encoders",)
 HELP = "Encode a data set once: images -> memory-mapped feature store."
 
 
 def configure(parser: Parser) -> None:
-    """Add the command's arguments."""
-    from srcflow.datamodules.base import DataModule
+    """Add the command's arguments. Datamodules are Lightning's, which is not loaded where only help is asked for."""
     from srcflow.encoders.base import Encoder
 
-    parser.bases = {"encoder": Encoder, "data": DataModule}
+    kind: Any = Any
+    parser.bases = {"encoder": Encoder}
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        from srcflow.cli import load_parts
+        from srcflow.datamodules.base import DataModule
+
+        load_parts((), packages=("datamodules",))
+        kind = DataModule
+        parser.bases = {"encoder": Encoder, "data": DataModule}
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")
     parser.add_argument("--encoder", type=Encoder, required=True, help="The network, e.g. EfficientNetLite --encoder.stage 3.")
-    parser.add_argument("--data", type=DataModule, required=True, help="ImageFolder or ImageShards; read without crops at random or flips.")
+    parser.add_argument("--data", type=kind, required=True, help="ImageFolder or ImageShards; read without crops at random or flips.")
     parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="Which split of the data.")
     parser.add_argument("--out", type=str, required=True, help="The store's folder; must not exist.")
     parser.add_argument("--dtype", type=Literal["float16", "bfloat16", "float32"], default="float16", help="Of the stored features.")

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 import jsonargparse
 
 import srcflow
+from srcflow import registry
 from srcflow.cli import TRACEBACK, TRAINER_COMMANDS, sources
 from srcflow.errors import ConfigError, ProblemsError, SrcflowError, UnknownNameError
 
@@ -59,13 +61,15 @@ class Parser(jsonargparse.ArgumentParser):
         raise ours
 
     def parse_args(self, args: Sequence[str] | None = None, *positional: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's, except that null reaches an option two levels deep, which jsonargparse hands down as the word None.
+        """As jsonargparse's, except that null reaches an option two levels deep, which jsonargparse hands down as the word None, and that
+        class paths of earlier versions become today's.
 
         Raises:
             ConfigError: a file that an argument names is no text.
         """
         if not self.exit_on_error and args is not None and len(args) == 1 and args[0].startswith("--") and args[0].endswith("=None"):
             args = [args[0].removesuffix("None") + "null"]
+        args = [_todays(a) for a in (sys.argv[1:] if args is None else args)]
         try:
             return super().parse_args(args, *positional, **kwargs)
         except UnicodeDecodeError as e:  # a file of a part; --config's are read by parse_path
@@ -143,6 +147,12 @@ class Parser(jsonargparse.ArgumentParser):
 
     def _is_option(self, key: str) -> bool:
         return any(a.dest == key and a.option_strings for a in self._actions)
+
+
+def _todays(argument: str) -> str:
+    """An argument of the command line; a class path of an earlier version becomes today's."""
+    option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    return option + equals + str(registry.moved(value))
 
 
 def traceback_wanted() -> bool:

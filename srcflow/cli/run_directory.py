@@ -21,7 +21,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import srcflow
-from srcflow import artifacts
+from srcflow import artifacts, registry
 from srcflow.callbacks import checkpoint_files
 from srcflow.callbacks.checkpoints import Checkpoints
 from srcflow.cli import ranks, run_lock
@@ -294,6 +294,8 @@ def differences(stored: Any, wanted: Any, key: str = "", *, one_sided: bool = Tr
         for i, (a, b) in enumerate(zip(stored, wanted, strict=True)):
             found.update(differences(a, b, f"{key}.{i}", one_sided=one_sided))
         return found
+    if key.rpartition(".")[2] == "class_path" and isinstance(stored, str) and isinstance(wanted, str):
+        return {} if registry.canonical(stored) == registry.canonical(wanted) else {key: (stored, wanted)}
     return {} if stored == wanted else {key: (stored, wanted)}
 
 

@@ -223,6 +223,20 @@ def test_configurations_of_other_versions_are_compared_in_what_both_know() -> No
     assert set(run_directory.differences(old, new)) == {"model.guidance", "model.list.1.a", "model.gone", "model.added"}
 
 
+def test_a_class_that_moved_or_has_a_short_path_is_the_same_run() -> None:
+    def record(path: str) -> dict[str, object]:
+        return {"model": {"list": [{"class_path": path, "init_args": {}}]}}
+
+    now = record("srcflow.conditioners.class_table.ClassTable")
+    assert not run_directory.differences(record("srcflow.flows.conditioners.ClassTable"), now)
+    assert not run_directory.differences(record("srcflow.conditioners.ClassTable"), now)
+    other = record("srcflow.conditioners.ClassToken")
+    assert run_directory.differences(other, now) == {
+        "model.list.0.class_path": ("srcflow.conditioners.ClassToken", "srcflow.conditioners.class_table.ClassTable")
+    }
+    assert run_directory.differences({"class_path": "srcflow.nowhere.A"}, {"class_path": "srcflow.nowhere.B"}), "paths of what is gone"
+
+
 def test_a_run_from_before_there_was_a_choice_about_exif_continues_and_says_so(command: list[str], tmp_path: Path) -> None:
     """With the new default and a warning, or without one if the old behaviour is asked for; also where its version is another one."""
     main([*command, "--data.exif", "ignore"])
