@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -11,18 +12,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import srcflow
 from srcflow import registry
+from srcflow.autoencoders import PixelPatches
+from srcflow.cli import COMMANDS
 from srcflow.lazy import defined_at
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(srcflow.__path__, "srcflow.") if m.name != "srcflow.__main__")
 
 
-def loaded_after(statement: str) -> set[str]:
-    """Top-level packages in a fresh interpreter after `statement`."""
+def loaded_after(statement: str, *arguments: str, strict: bool = True) -> set[str]:
+    """Top-level packages in a fresh interpreter after `statement`; `strict`: where warnings are errors."""
     code = f"{statement}\nimport sys\nprint('\\n'.join(sorted({{m.partition('.')[0] for m in sys.modules}})))"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    options = ["-W", "error"] if strict else []
+    done = subprocess.run([sys.executable, *options, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -73,6 +78,57 @@ def test_every_module_can_be_the_first_one_imported() -> None:
     done = subprocess.run([sys.executable, "-c", code, *MODULES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stdout.split(), done.stderr
+
+
+# --- commands -----------------------------------------------------------------------------------------------------------------------------
+
+HEAVY = {"lightning", "pytorch_lightning", "torchmetrics", "scipy"}
+COMMAND = """
+import contextlib, io, json, os, sys
+from srcflow.cli import main
+for args in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            main(args)
+        except SystemExit as e:
+            assert not e.code, (args, e.code)
+    assert said.getvalue(), args
+"""
+
+
+def loaded_by(*commands: list[str]) -> set[str]:
+    """Top-level packages after commands of srcflow in one fresh interpreter."""
+    return loaded_after(COMMAND, json.dumps(commands), strict=False)
+
+
+def test_help_loads_no_lightning() -> None:
+    commands = ("sample", "encode", "export", "plan", "replay")
+    assert set(commands) <= set(COMMANDS)
+    loaded = loaded_by(*([command, "--help"] for command in commands))
+    assert "jsonargparse" in loaded, "no help was made"
+    assert not loaded & HEAVY
+
+
+def test_help_of_commands_about_files_and_plug_ins_loads_no_torch() -> None:
+    loaded = loaded_by(["index", "--help"], ["plugins", "--help"], ["convert", "--help"])
+    assert "jsonargparse" in loaded, "no help was made"
+    assert not loaded & (HEAVY | {"torch"})
+
+
+def test_sampling_and_bundling_load_no_lightning(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    flow = srcflow.presets.srcflow(2, channels=12, width=8, layers=[1, 1], head_dim=4, num_classes=2, normalization="none")
+    srcflow.Pipeline(PixelPatches(4, 2), None, flow).save_pretrained(tmp_path / "model")
+    guided = ["--guidance=Gaussian", "--guidance.strength=1.0", "--solver=Sequential"]
+    loaded = loaded_by(
+        ["sample", f"--pipeline={tmp_path / 'model'}", f"--out={tmp_path / 's.npz'}", "--n=2", "--device=cpu", *guided],
+        ["sample", f"--pipeline={tmp_path / 'model'}", f"--out={tmp_path / 's.png'}", "--classes=all", "--per_class=1", "--device=cpu"],
+        ["export", f"--pipeline={tmp_path / 'model'}", f"--out={tmp_path / 'copy'}"],
+    )
+    assert (tmp_path / "s.npz").is_file()
+    assert (tmp_path / "s.png").is_file()
+    assert (tmp_path / "copy" / "flow").is_dir()
+    assert not loaded & HEAVY
 
 
 # --- names of packages --------------------------------------------------------------------------------------------------------------------
