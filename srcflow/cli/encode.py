@@ -12,26 +12,19 @@ if TYPE_CHECKING:
 
     from srcflow.cli.parser import Parser
 
-FAMILIES = ("encoders",)
+FAMILIES = ("encoders", "autoencoders")
 HELP = "Encode a data set once: images -> memory-mapped feature store."
 
 
 def configure(parser: Parser) -> None:
-    """Add the command's arguments. Datamodules are Lightning's, which is not loaded where only help is asked for."""
+    """Add the command's arguments."""
     from srcflow.encoders.base import Encoder
 
-    kind: Any = Any
-    parser.bases = {"encoder": Encoder}
-    if not {"-h", "--help"} & set(sys.argv[1:]):
-        from srcflow.cli import load_parts
-        from srcflow.datamodules.base import DataModule
-
-        load_parts((), packages=("datamodules",))
-        kind = DataModule
-        parser.bases = {"encoder": Encoder, "data": DataModule}
+    DataModule = _type_of_data()
+    parser.bases = {"encoder": Encoder, "data": DataModule}
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")
     parser.add_argument("--encoder", type=Encoder, required=True, help="The network, e.g. EfficientNetLite --encoder.stage 3.")
-    parser.add_argument("--data", type=kind, required=True, help="ImageFolder or ImageShards; read without crops at random or flips.")
+    parser.add_argument("--data", type=DataModule, required=True, help="ImageFolder or ImageShards; read without crops at random or flips.")
     parser.add_argument("--split", type=Literal["train", "val", "test"], default="train", help="Which split of the data.")
     parser.add_argument("--out", type=str, required=True, help="The store's folder; must not exist.")
     parser.add_argument("--dtype", type=Literal["float16", "bfloat16", "float32"], default="float16", help="Of the stored features.")
@@ -40,6 +33,17 @@ def configure(parser: Parser) -> None:
     parser.add_argument("--batch_size", type=int | None, default=None, help="Images per call; default: data.batch_size.")
     parser.add_argument("--device", type=str | None, default=None, help="Default: cuda if there is one, else cpu.")
     parser.add_argument("--precision", type=Literal["float32", "bfloat16"], default="float32", help="bfloat16: autocast.")
+
+
+def _type_of_data() -> Any:
+    """DataModule, with its classes loaded; anything where only help is asked for, as datamodules need Lightning, which takes seconds."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        return Any
+    from srcflow.cli import load_parts
+    from srcflow.datamodules.base import DataModule
+
+    load_parts((), packages=("datamodules",))
+    return DataModule
 
 
 def run(config: Namespace) -> int:
