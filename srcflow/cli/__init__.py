@@ -91,14 +91,14 @@ def load_parts(families: Iterable[str] | None = None, packages: Iterable[str] = 
     """
     from srcflow import registry
 
-    for family in registry.FAMILIES if families is None else families:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", registry.PluginWarning)  # printed below, as one readable line each
-            all_broken = registry.broken(family)
-        if family not in _reported and os.environ.get("LOCAL_RANK", "0") == "0":
-            for broken in all_broken:
-                print(f"warning: plug-in {broken.distribution}: {broken.family} {broken.name} is left out: {broken.error}", file=sys.stderr)
-        _reported.add(family)
+    wanted = list(registry.FAMILIES if families is None else families)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", registry.PluginWarning)  # printed below, as one readable line each
+        registry.load_plugins(wanted)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for broken in (b for family in wanted if family not in _reported for b in registry.broken(family)):
+            print(f"warning: plug-in {broken.distribution}: {broken.family} {broken.name} is left out: {broken.error}", file=sys.stderr)
+    _reported.update(wanted)
     for name in packages:
         package = importlib.import_module(f"srcflow.{name}")
         for module in pkgutil.iter_modules(package.__path__, f"srcflow.{name}."):
