@@ -37,6 +37,11 @@ FAMILIES: dict[str, str] = {
     "solvers": "srcflow.solvers.base:Solver",
     "noises": "srcflow.noise:Noise",
     "extractors": "srcflow.metrics.features.base:Extractor",
+    "positions": "srcflow.flows.positions:Positions",
+    "normalizations": "srcflow.flows.normalization:Normalization",
+    "decoders": "srcflow.autoencoders.vit_decoder:ViTDecoder",
+    "perceptual": "srcflow.losses.perceptual:Perceptual",
+    "adversarial": "srcflow.losses.adversarial:Adversarial",
 }
 """Family name -> its abstract base. encoders, couplings and guidance are the ones third parties are invited to extend."""
 
