@@ -19,6 +19,7 @@ from srcflow.guidance.base import Guidance
 from srcflow.guidance.schedules import Schedule
 from srcflow.noise import Noise
 from srcflow.registry import Member
+from srcflow.solvers.sequential import Sequential
 from srcflow.testing import ReferenceBlock, check_block, check_compressor, check_coupling, check_encoder, check_guidance, check_solver
 from srcflow.types import Condition
 
@@ -49,6 +50,7 @@ ARGUMENTS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "PCA": [{"dim": 12, "code_dim": 4}],
         "Identity": [{"dim": 12}],
     },
+    "solvers": {"PerBlock": [{"default": Sequential(), "blocks": {-1: Sequential()}}]},
     "schedules": {
         "Constant": [{"strength": 1.5}],
         "Annealed": [{"strength": 1.5}],
@@ -192,5 +194,6 @@ def test_transformer_blocks(name: str) -> None:
 def test_solving_transformer_blocks(name: str) -> None:
     block, condition = BLOCKS[name]()
     negative = None if condition is None else condition.index(torch.tensor([1, 0, 1]))
-    for member in registry.registered("solvers").values():
-        check_solver(member.cls(), block, shape=(3, 6, 3), condition=condition, negative=negative, grid=GRID)
+    for parameter in members("solvers"):
+        member, arguments = parameter.values
+        check_solver(member.cls(**arguments), block, shape=(3, 6, 3), condition=condition, negative=negative, grid=GRID)
