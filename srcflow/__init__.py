@@ -5,28 +5,18 @@ Importing this package loads neither torch nor lightning; the public names below
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.2.0"
-
-_PUBLIC = {
-    "Pipeline": "srcflow.pipeline",
-    "Flow": "srcflow.flows.flow",
-    "Condition": "srcflow.types",
-    "presets": "srcflow.flows.presets",
-}
-__all__ = ["Condition", "Flow", "Pipeline", "__version__", "presets"]
+from srcflow.lazy import lazy
 
 if TYPE_CHECKING:
-    from srcflow.flows import presets
-    from srcflow.flows.flow import Flow
-    from srcflow.pipeline import Pipeline
-    from srcflow.types import Condition
+    from srcflow.flows import presets as presets
+    from srcflow.flows.flow import Flow as Flow
+    from srcflow.pipeline import Pipeline as Pipeline
+    from srcflow.types import Condition as Condition
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'srcflow' has no attribute {name!r}")
-    module = importlib.import_module(_PUBLIC[name])
-    return module if module.__name__.rpartition(".")[2] == name else getattr(module, name)
+__version__ = "0.2.0"
+__getattr__, __dir__, _names = lazy(
+    __name__, {"flows.flow": ["Flow"], "flows.presets": ["presets"], "pipeline": ["Pipeline"], "types": ["Condition"]}
+)
+__all__ = [*_names, "__version__"]

@@ -8,12 +8,14 @@ The codec's part of it is in `codec`. This module needs neither Lightning nor th
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from srcflow.compressors.identity import Identity
 from srcflow.errors import ArtifactError, ConfigError, ShapeError
 from srcflow.flows.flow import Flow
 from srcflow.flows.temperatures import check_temperature
-from srcflow.guidance.base import Guidance
+from srcflow.guidance.base import Guidance, Negative
 from srcflow.metrics.non_finite import NonFiniteImagesWarning, finite_rows
 from srcflow.noise import Noise
 from srcflow.solvers.base import Solver
@@ -227,7 +229,7 @@ class Pipeline:
         check_denoising(self.compressor, flow, denoise, denoiser)
         for key, value in (("temperature", temperature), ("attention_temperature", attention_temperature)):
             check_temperature(key, value)
-        load_negative(guidance, self.device)
+        guidance = load_negative(guidance, self.device)
         n = condition if isinstance(condition, int) else len(condition)
         given = None if isinstance(condition, int) else condition
         z = randomness.normal(self.code_shape, seed=seed, purpose="sample", step=0, indices=self._indices(indices, n))
@@ -467,14 +469,33 @@ class Pipeline:
         return indices
 
 
-def load_negative(guidance: Guidance | None, device: torch.device | str) -> None:
-    """Load the negative flow that a guidance rule names by its directory, and bring it to the device of the positive one.
+_negatives: WeakKeyDictionary[Negative, Flow] = WeakKeyDictionary()
+"""Flows that were loaded for a negative that names a directory, as long as that negative is in use."""
+
+
+def load_negative(guidance: Guidance | None, device: torch.device | str) -> Guidance | None:
+    """The guidance rule with its negative flow loaded, if it names one by its directory, and on the device of the positive one.
+
+    What is given stays as it is: where there is something to load or to move, the result is a copy. A directory is read once for each
+    negative; a flow on another device is copied there at every call, so move it yourself if you sample often.
 
     Raises:
         ArtifactError: there is no flow at that place.
     """
-    if guidance is None or guidance.negative.flow is None:
-        return
-    if isinstance(guidance.negative.flow, str):
-        guidance.negative.flow = artifacts.load(locate(guidance.negative.flow)["flow"], Flow)
-    guidance.negative.flow.to(device)
+    given = None if guidance is None else guidance.negative.flow
+    if guidance is None or given is None:
+        return guidance
+    device = torch.empty(0, device=device).device  # cuda becomes cuda:0
+    if isinstance(given, str):
+        flow = _negatives.get(guidance.negative)
+        if flow is None:
+            flow = artifacts.load(locate(given)["flow"], Flow)
+        _negatives[guidance.negative] = flow.to(device)
+    elif any(t.device != device for t in (*given.parameters(), *given.buffers())):
+        flow = copy.deepcopy(cast(Flow, given)).to(device)
+    else:
+        return guidance
+    loaded = copy.copy(guidance)
+    loaded.negative = copy.copy(guidance.negative)
+    loaded.negative.flow = flow
+    return loaded

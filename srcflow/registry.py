@@ -13,13 +13,14 @@ import importlib
 import inspect
 import warnings
 from abc import ABCMeta
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from srcflow.errors import ConfigError, DuplicateNameError, SrcflowError, UnknownNameError
+from srcflow.lazy import defined_at
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -37,8 +38,21 @@ FAMILIES: dict[str, str] = {
     "noises": "srcflow.noise:Noise",
     "learning_rate_schedules": "srcflow.learning_rates:LearningRateSchedule",
     "extractors": "srcflow.metrics.features.base:Extractor",
+    "positions": "srcflow.flows.positions:Positions",
+    "normalizations": "srcflow.flows.normalization:Normalization",
+    "decoders": "srcflow.autoencoders.vit_decoder:ViTDecoder",
+    "perceptual": "srcflow.losses.perceptual:Perceptual",
+    "adversarial": "srcflow.losses.adversarial:Adversarial",
 }
 """Family name -> its abstract base. encoders, couplings and guidance are the ones third parties are invited to extend."""
+
+MOVED: dict[str, str] = {
+    "srcflow.flows.conditioners.ClassTable": "srcflow.conditioners.class_table.ClassTable",
+    "srcflow.flows.conditioners.ClassToken": "srcflow.conditioners.class_token.ClassToken",
+    "srcflow.flows.conditioners.Conditioner": "srcflow.conditioners.base.Conditioner",
+    "srcflow.flows.conditioners.TextPrefix": "srcflow.conditioners.text_prefix.TextPrefix",
+}
+"""Class path of an earlier version -> where the class is now. Artifacts and configurations that have the old one stay valid."""
 
 
 class PluginWarning(UserWarning):
@@ -161,8 +175,9 @@ def _built(value: Any, key: str) -> Any:
 
 
 def resolve(name: str, base: type[T], *, key: str = "") -> Callable[..., T]:
-    """The class (or preset function) called `name`: a registered class name within `base`'s family, or a full import path."""
+    """The class (or preset function) called `name`: a registered class name within `base`'s family, or a full import path (see `MOVED`)."""
     key = key or base.__name__
+    name = MOVED.get(name, name)
     if "." not in name:
         known = members(base)
         own = [m.cls for f in FAMILIES if issubclass(base_of(f), base) or base is object for m in registered(f).values() if m.name == name]
@@ -183,6 +198,26 @@ def resolve(name: str, base: type[T], *, key: str = "") -> Callable[..., T]:
     if not (is_member or getattr(target, "__srcflow_preset__", False)):
         raise ConfigError(key, name, f"is neither a {base.__name__} of srcflow's families nor a preset.")
     return cast("Callable[..., T]", target)
+
+
+def canonical(path: str) -> str:
+    """The import path under which a class is defined now: what was moved is followed, and a package's short name is spelled out.
+
+    >>> canonical("srcflow.flows.conditioners.ClassTable"), canonical("srcflow.conditioners.ClassTable")
+    ('srcflow.conditioners.class_table.ClassTable', 'srcflow.conditioners.class_table.ClassTable')
+    """
+    return defined_at(MOVED.get(path, path))
+
+
+def moved(value: Any) -> Any:
+    """A configuration, or a part of it, with the class paths of earlier versions (`MOVED`) replaced by today's."""
+    if isinstance(value, str):
+        return MOVED.get(value, value)
+    if isinstance(value, dict):
+        return {k: moved(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [moved(v) for v in value]
+    return value
 
 
 @dataclass(frozen=True)
@@ -260,9 +295,9 @@ def broken(family: str) -> list[Broken]:
     return list(_load(family)[1])
 
 
-def load_plugins() -> None:
-    """Import every registered part of every family, so that class names resolve in YAML and on the command line."""
-    for family in FAMILIES:
+def load_plugins(families: Iterable[str] | None = None) -> None:
+    """Import every registered part of some families (None: of all), so that class names resolve in YAML and on the command line."""
+    for family in FAMILIES if families is None else families:
         _load(family)
 
 

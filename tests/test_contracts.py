@@ -214,6 +214,6 @@ def test_transformer_blocks(name: str) -> None:
 def test_solving_transformer_blocks(name: str) -> None:
     block, condition = BLOCKS[name]()
     negative = None if condition is None else condition.index(torch.tensor([1, 0, 1]))
-    for solver, member in registry.registered("solvers").items():
-        arguments = ARGUMENTS["solvers"].get(solver, [{}])[-1]
+    for parameter in members("solvers"):
+        member, arguments = parameter.values
         check_solver(member.cls(**arguments), block, shape=(3, 6, 3), condition=condition, negative=negative, grid=GRID)

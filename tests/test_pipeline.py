@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from srcflow import Condition, Pipeline, artifacts
+from srcflow import Condition, Pipeline, artifacts, registry
 from srcflow.autoencoders.base import Autoencoder
 from srcflow.autoencoders.pixels import PixelPatches
 from srcflow.autoencoders.representation import RepresentationAutoencoder
@@ -30,6 +31,7 @@ from srcflow.guidance.base import Negative
 from srcflow.guidance.gaussian import Gaussian
 from srcflow.metrics.non_finite import NonFiniteImagesWarning
 from srcflow.noise import Constant
+from srcflow.pipeline import load_negative
 from srcflow.testing import perturb
 from srcflow.testing.expect import finite
 from srcflow.types import Features
@@ -113,6 +115,37 @@ def test_a_negative_flow_is_named_by_its_directory(pipeline: Pipeline, tmp_path:
     finite(torch.stack([by_name, by_hand, plain]), pipeline, "guided codes")
     assert torch.equal(by_name, by_hand)
     assert not torch.allclose(by_name, plain)
+
+
+def test_a_rule_that_names_a_negative_flow_stays_as_it_was(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = str(artifacts.save(tmp_path / "weak", perturb(copy.deepcopy(pipeline.flow))))  # type: ignore[type-var]
+    rule, reads = Gaussian(1.0, blocks="all", negative=Negative(attention_temperature=1.5, flow=place)), []
+    load = artifacts.load
+    monkeypatch.setattr(artifacts, "load", lambda *given: reads.append(given) or load(*given))
+    loaded = [load_negative(rule, "cpu") for _ in range(3)]
+    assert rule.negative.flow == place
+    assert len(reads) == 1, "read again for every batch"
+    for other in loaded:
+        assert other is not None
+        assert other is not rule
+        assert isinstance(other.negative.flow, Flow)
+        assert (other.negative.attention_temperature, other.blocks) == (1.5, "all")
+        assert registry.spec_of(other) == registry.spec_of(rule)
+    assert load_negative(None, "cpu") is None
+    plain = Gaussian(1.0)
+    assert load_negative(plain, "cpu") is plain
+
+
+def test_a_negative_flow_on_another_device_is_not_moved(pipeline: Pipeline) -> None:
+    weak = copy.deepcopy(pipeline.flow)
+    assert weak is not None
+    rule = Gaussian(1.0, negative=Negative(flow=weak))
+    assert load_negative(rule, "cpu") is rule
+    moved = load_negative(rule, "meta")
+    assert moved is not None
+    assert moved.negative.flow is not weak
+    assert {p.device.type for p in weak.parameters()} == {"cpu"}
+    assert {p.device.type for p in moved.negative.flow.parameters()} == {"meta"}  # type: ignore[union-attr]
 
 
 def test_log_prob_is_the_mean_over_draws(pipeline: Pipeline, images: torch.Tensor) -> None:

@@ -19,7 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from srcflow import registry
+from srcflow import registry, trust
+from srcflow.conditioners import Conditioner
 from srcflow.couplings.additive import Additive
 from srcflow.couplings.affine import Affine
 from srcflow.couplings.base import Coupling
@@ -172,6 +173,29 @@ def test_short_names_and_full_paths_name_the_same_class() -> None:
         assert type(build(name, Coupling)) is Affine  # type: ignore[arg-type]
     assert isinstance(build({"class_path": "Constant", "init_args": {"strength": 2.0}}, Schedule), Schedule)
     assert isinstance(build({"class_path": "Constant", "init_args": {"sigma": 0.1}}, Noise), Noise), "one name in two families"
+
+
+@pytest.mark.parametrize("old", registry.MOVED)
+def test_a_class_path_of_an_earlier_version_finds_the_class(old: str) -> None:
+    new = registry.MOVED[old]
+    target = registry.resolve(old, Conditioner)
+    assert f"{target.__module__}.{target.__qualname__}" == new, "the table names another place than where the class is defined"
+    assert registry.canonical(old) == registry.canonical(new) == new
+    assert trust.foreign({"class_path": old}, ()) is None, "an artifact may name it"
+
+
+def test_a_stored_specification_of_an_earlier_version_is_built() -> None:
+    part = build({"class_path": "srcflow.flows.conditioners.ClassTable", "init_args": {"num_classes": 3, "width": 4}}, Conditioner)
+    assert spec_of(part)["class_path"] == "srcflow.conditioners.class_table.ClassTable"
+    nested = registry.moved({"a": [{"class_path": "srcflow.flows.conditioners.TextPrefix"}, 1], "b": "srcflow.flows.conditioners"})
+    assert nested == {"a": [{"class_path": "srcflow.conditioners.text_prefix.TextPrefix"}, 1], "b": "srcflow.flows.conditioners"}
+
+
+def test_a_packages_short_path_is_spelled_out() -> None:
+    assert registry.canonical("srcflow.guidance.Linear") == "srcflow.guidance.linear.Linear"
+    assert registry.canonical("srcflow.Flow") == "srcflow.flows.flow.Flow"
+    for unchanged in ("srcflow.guidance.linear.Linear", "srcflow.guidance.Nothing", "srcflow.nowhere.Linear", "torch.nn.Linear", "Linear"):
+        assert registry.canonical(unchanged) == unchanged
 
 
 def test_an_unknown_name_lists_the_known_and_the_nearest() -> None:

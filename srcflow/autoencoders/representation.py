@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -157,10 +157,6 @@ class RepresentationAutoencoder(Autoencoder):
         patches = self.decoder(self.denormalize(x), self.grid if grid is None else grid)
         images = self.decoder.unpatchify(patches.to(torch.promote_types(patches.dtype, torch.float32)))
         return images * self.encoder.std.reshape(1, -1, 1, 1) + self.encoder.mean.reshape(1, -1, 1, 1)
-
-    def parameters_of_decoder(self) -> Iterator[nn.Parameter]:
-        """What stage 0 trains: the decoder's parameters (its position table is a buffer)."""
-        return self.decoder.parameters()
 
     def last_layer(self) -> nn.Parameter:
         """See `Autoencoder.last_layer`: the weight of the decoder's head."""

@@ -1,7 +1,8 @@
 """The `srcflow` command: LightningCLI for fit, validate, test and predict, and one module beside this file per further command.
 
-A command's module offers `HELP` (one line), `configure(parser)` (its arguments) and `run(config) -> int` (its exit status).
-Nothing heavy is imported before a command needs it.
+A command's module offers `HELP` (one line), `configure(parser)` (its arguments) and `run(config) -> int` (its exit status). Where
+arguments name parts, `FAMILIES` lists the families that these are from. Nothing heavy is imported before a command needs it: `--help`, and
+commands that make no task and read no data, load no Lightning.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import pkgutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from srcflow import __version__
@@ -77,23 +78,35 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(status)
 
 
-def load_parts() -> None:
-    """Import every registered part and every task, datamodule and callback, so that their class names resolve; report broken plug-ins."""
+_reported: set[str] = set()
+"""Families whose broken plug-ins this command has reported."""
+
+
+def load_parts(families: Iterable[str] | None = None, packages: Iterable[str] = ("tasks", "datamodules", "callbacks")) -> None:
+    """Import parts, so that their class names resolve; report broken plug-ins, each family's once in a command.
+
+    Args:
+        families: the families of which every registered part is imported; None: all.
+        packages: packages of srcflow of which every module is imported.
+    """
     from srcflow import registry
 
+    wanted = list(registry.FAMILIES if families is None else families)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", registry.PluginWarning)  # printed below, as one readable line each
-        registry.load_plugins()
+        registry.load_plugins(wanted)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        for broken in (b for family in registry.FAMILIES for b in registry.broken(family)):
+        for broken in (b for family in wanted if family not in _reported for b in registry.broken(family)):
             print(f"warning: plug-in {broken.distribution}: {broken.family} {broken.name} is left out: {broken.error}", file=sys.stderr)
-    for room in ("tasks", "datamodules", "callbacks"):
-        package = importlib.import_module(f"srcflow.{room}")
-        for module in pkgutil.iter_modules(package.__path__, f"srcflow.{room}."):
+    _reported.update(wanted)
+    for name in packages:
+        package = importlib.import_module(f"srcflow.{name}")
+        for module in pkgutil.iter_modules(package.__path__, f"srcflow.{name}."):
             importlib.import_module(module.name)
 
 
 def _dispatch(args: list[str]) -> int:
+    _reported.clear()
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):
         further = {command: importlib.import_module(f"srcflow.cli.{command}").HELP for command in COMMANDS}
@@ -111,8 +124,7 @@ def _dispatch(args: list[str]) -> int:
 
         sources.forget()
         command = importlib.import_module(f"srcflow.cli.{name}")
-        if name not in ("plugins", "convert", "index"):  # the first reports broken plug-ins itself, the others name no part
-            load_parts()
+        load_parts(getattr(command, "FAMILIES", ()), packages=())
         parser = Parser(prog=f"srcflow {name}", description=command.HELP)
         command.configure(parser)
         return int(command.run(parser.instantiate(parser.parse_args(args[1:]))))

@@ -16,7 +16,7 @@ HELP = "Convert published weights (RAE, diffusers, transformers, TARFlow, STARFl
 
 def configure(parser: Parser) -> None:
     """Add the command's arguments."""
-    from srcflow.convert.files import KINDS
+    from srcflow.formats import KINDS
 
     parser.add_argument("kind", choices=list(KINDS), help="What the weights are of.")
     parser.add_argument("path", type=str, help="The file: safetensors, or torch's format (no code in it is run); for some kinds a folder.")

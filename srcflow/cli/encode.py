@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from srcflow.errors import ConfigError, Problems
@@ -12,15 +13,16 @@ if TYPE_CHECKING:
     from srcflow.autoencoders.base import Autoencoder
     from srcflow.cli.parser import Parser
 
+FAMILIES = ("encoders", "autoencoders")
 HELP = "Encode a data set once: images -> memory-mapped feature store."
 
 
 def configure(parser: Parser) -> None:
     """Add the command's arguments."""
     from srcflow.autoencoders.base import Autoencoder
-    from srcflow.datamodules.base import DataModule
     from srcflow.encoders.base import Encoder
 
+    DataModule = _type_of_data()
     parser.bases = {"encoder": Encoder, "autoencoder": Autoencoder, "data": DataModule}
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")
     parser.add_argument("--encoder", type=Encoder | None, default=None, help="A frozen encoder, e.g. EfficientNetLite --encoder.stage 3.")
@@ -35,6 +37,17 @@ def configure(parser: Parser) -> None:
     parser.add_argument("--batch_size", type=int | None, default=None, help="Images per call; default: data.batch_size.")
     parser.add_argument("--device", type=str | None, default=None, help="Default: cuda if there is one, else cpu.")
     parser.add_argument("--precision", type=Literal["float32", "bfloat16"], default="float32", help="bfloat16: autocast.")
+
+
+def _type_of_data() -> Any:
+    """DataModule, with its classes loaded; anything where only help is asked for, as datamodules need Lightning, which takes seconds."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        return Any
+    from srcflow.cli import load_parts
+    from srcflow.datamodules.base import DataModule
+
+    load_parts((), packages=("datamodules",))
+    return DataModule
 
 
 def run(config: Namespace) -> int:

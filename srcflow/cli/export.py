@@ -18,6 +18,8 @@ HELP = "Write a stage's artifact from a checkpoint, a whole pipeline in one dire
 
 def configure(parser: Parser) -> None:
     """Add the command's arguments."""
+    from srcflow.formats import FORMATS
+
     parser.add_argument("--out", type=str, required=True, help="Directory to write.")
     stage = parser.add_argument_group("one stage, from a checkpoint")
     stage.add_argument(
@@ -35,7 +37,7 @@ def configure(parser: Parser) -> None:
     published = parser.add_argument_group("files for published code, from --pipeline")
     published.add_argument(
         "--format",
-        choices=["tarflow", "starflow", "rae", "diffusers"],
+        choices=list(FORMATS),
         default=None,
         help="Write the flow (tarflow, starflow) or the autoencoder (rae, diffusers) as that project's code loads it.",
     )
@@ -89,8 +91,10 @@ def run(config: Namespace) -> int:
     with problems.collect():
         artifacts.check_target(config.out, "out")
     problems.raise_if_any()
+    from srcflow.cli import load_parts
     from srcflow.tasks import artifact
 
+    load_parts()
     artifact.export(task_of(config.config), config.ckpt_path, config.out, ema=config.ema)
     print(f"Wrote {config.out}.")
     return 0

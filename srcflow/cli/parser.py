@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import jsonargparse
 import yaml
 
 import srcflow
+from srcflow import registry
 from srcflow.cli import TRACEBACK, TRAINER_COMMANDS, sources
 from srcflow.errors import ConfigError, ProblemsError, SrcflowError, UnknownNameError
 
@@ -63,7 +65,8 @@ class Parser(jsonargparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # as jsonargparse's, which takes more than argparse's
         self, args: Sequence[str] | None = None, *positional: Any, **kwargs: Any
     ) -> Any:
-        """As jsonargparse's, except that null reaches an option two levels deep, which jsonargparse hands down as the word None.
+        """As jsonargparse's, except that null reaches an option two levels deep, which jsonargparse hands down as the word None, and that
+        class paths of earlier versions become today's.
 
         Raises:
             ConfigError: a file that an argument names is no text.
@@ -72,6 +75,7 @@ class Parser(jsonargparse.ArgumentParser):
             args = [args[0].removesuffix("None") + "null"]
         if args is not None and len(args) == 1 and kwargs.get("namespace") is not None:
             args = [_replacing(args[0], kwargs["namespace"])]
+        args = [_todays(a) for a in (sys.argv[1:] if args is None else args)]
         try:
             return super().parse_args(args, *positional, **kwargs)
         except UnicodeDecodeError as e:  # a file of a part; --config's are read by parse_path
@@ -183,6 +187,12 @@ def _value(text: str) -> Any:
         return float(text) if isinstance(value := yaml.safe_load(text), str) else value
     except (ValueError, yaml.YAMLError):
         return text
+
+
+def _todays(argument: str) -> str:
+    """An argument of the command line; a class path of an earlier version becomes today's."""
+    option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    return option + equals + str(registry.moved(value))
 
 
 def traceback_wanted() -> bool:

@@ -41,6 +41,7 @@ def run(config: Namespace) -> int:
     Raises:
         ConfigError: arguments or a configuration that cannot be used.
     """
+    from srcflow.cli import load_parts
     from srcflow.plan.estimate import plan
     from srcflow.plan.hardware import accelerator
 
@@ -48,6 +49,7 @@ def run(config: Namespace) -> int:
     device = accelerator(config.gpu, config.tflops, memory)
     if config.images is not None and config.images < 1:
         raise ConfigError("images", config.images, "must be at least 1.")
+    load_parts()
     content = settings(config.configs, config.set)
     stage, notes = stage_of(content, config.stages)
     made = plan(stage, run_of(content, config.gpus), device, config.mfu, config.images)

@@ -28,6 +28,7 @@ def configure(parser: Parser) -> None:
 
 def run(config: Namespace) -> int:
     """Make the step, print what it is like; status 1 if it is not what the run saw."""
+    from srcflow.cli import load_parts
     from srcflow.cli.devices import device_of
     from srcflow.cli.export import task_of
     from srcflow.tasks import dump as dumps
@@ -40,6 +41,7 @@ def run(config: Namespace) -> int:
         raise ConfigError("config", None, "is missing: the dump has none.", "Give the run's configuration: --config FILE.")
     if config.device is not None:
         device_of(config.device)
+    load_parts()
     task = task_of(str(path))
     result = replay(dump, task, device=config.device, precision=config.precision)
     several = dump.facts["accumulate_grad_batches"] > 1 and isinstance(getattr(task, "discriminator", None), Discriminator)

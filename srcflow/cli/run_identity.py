@@ -19,6 +19,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from srcflow import registry
+
 TRAINER = ("max_steps", "max_epochs", "precision", "limit_train_batches", "overfit_batches")
 """Keys of `trainer` that belong to what a run is; besides them, the EMA among its callbacks."""
 LATER = ("data.content", "built_on")
@@ -131,6 +133,8 @@ def differences(stored: Any, wanted: Any, key: str = "", *, one_sided: bool = Tr
         for i, (a, b) in enumerate(zip(stored, wanted, strict=True)):
             found.update(differences(a, b, f"{key}.{i}", one_sided=one_sided))
         return found
+    if key.rpartition(".")[2] == "class_path" and isinstance(stored, str) and isinstance(wanted, str):
+        return {} if registry.canonical(stored) == registry.canonical(wanted) else {key: (stored, wanted)}
     return {} if stored == wanted else {key: (stored, wanted)}
 
 

@@ -29,6 +29,7 @@ Images = NDArray[np.uint8]
 Batches = Iterator[tuple[int, Images]]
 
 HELP = "Draw images from a trained flow: a grid, a folder of PNG files, or one .npz."
+FAMILIES = ("guidance", "schedules", "solvers")
 FORMATS = {".png": "grid", ".npz": "npz"}
 OTHER_FILES = (".npy", ".zip", ".tar", ".gz", ".pt", ".pth", ".safetensors", ".h5", ".hdf5", ".mp4", ".pdf", ".csv", ".json", ".parquet")
 """Endings of files that are not images; with those of images, nobody means a folder by them."""

@@ -11,7 +11,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from srcflow import yaml_files
+from srcflow import registry, yaml_files
 from srcflow.errors import ConfigError
 
 _texts: dict[str, str] = {}
@@ -25,7 +25,7 @@ def forget() -> None:
 
 
 def read(path: str | os.PathLike[str], key: str = "config") -> dict[str, Any]:
-    """What a configuration holds; its text is remembered for messages.
+    """What a configuration holds, with today's class paths (`registry.MOVED`); its text is remembered for messages.
 
     Args:
         path: the file.
@@ -43,7 +43,7 @@ def read(path: str | os.PathLike[str], key: str = "config") -> dict[str, Any]:
         raise ConfigError(key, str(path), f"holds a {kind}; a configuration maps names to values.")
     _texts.pop(str(path), None)
     _texts[str(path)] = text
-    return content
+    return dict(_todays(content, text))
 
 
 def place(key: str, file: str | None = None) -> str | None:
@@ -87,7 +87,7 @@ def _on_command_line(key: str, *, anywhere: bool = False) -> bool:
 
 
 def _load(text: str) -> Any:
-    """jsonargparse's own reading, after a look for keys that stand twice."""
+    """jsonargparse's own reading, after a look for keys that stand twice; class paths of earlier versions become today's."""
     try:
         yaml_files.check_keys(text, "value")
     except (yaml.YAMLError, ConfigError) as e:
@@ -96,7 +96,12 @@ def _load(text: str) -> Any:
         if isinstance(e, ConfigError):
             yaml_files.check_keys(text, "config", file)
         raise yaml_files.not_yaml(e, text, "config", file) from e  # type: ignore[arg-type]
-    return _original(text)
+    return _todays(_original(text), text)
+
+
+def _todays(content: Any, text: str) -> Any:
+    """What a text holds, with today's class paths."""
+    return registry.moved(content) if any(old in text for old in registry.MOVED) else content
 
 
 def _being_read(text: str) -> str | None:

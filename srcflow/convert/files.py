@@ -25,10 +25,8 @@ from srcflow.convert.config import check_names, names
 from srcflow.convert.state import read
 from srcflow.errors import ArtifactError, ConfigError, Problems, UnknownNameError, one_of
 from srcflow.flows.flow import Flow
+from srcflow.formats import FLOWS, FORMATS, KINDS
 
-KINDS = ("rae_decoder", "rae", "rae_diffusers", "encoder", "tarflow", "starflow")
-FLOWS = ("tarflow", "starflow")
-FORMATS = (*FLOWS, "rae", "diffusers")
 UNSEEN = {"tarflow": ("head_dim",), "starflow": ("head_dim", "use_softplus", "soft_clip", "seq_order")}
 """What weights do not show of a model: left out, it has the published constructor's default."""
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -73,7 +71,7 @@ def convert_file(
     """Convert a published file (or folder) and write the artifact; returns its directory.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `srcflow.formats.KINDS`.
         path: the file; for `rae_diffusers` the folder; for `encoder` also a folder of the hub.
         out: directory to write.
         config: the published model's configuration, under its own names.

@@ -223,7 +223,7 @@ class TrainingStream(IterableDataset[tuple[Batch, Bad]]):
         self.steps = plan.length // chunk
         self._position = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # torch is untyped here
 
-    def place(self, epoch: int, step: int) -> None:
+    def seek(self, epoch: int, step: int) -> None:
         """Choose where the next iteration begins, in all workers."""
         self._position.copy_(torch.tensor([epoch, step]))
 

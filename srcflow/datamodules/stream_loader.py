@@ -96,7 +96,7 @@ class StreamLoader(_Reader[TrainingStream]):
         if first >= steps:  # nothing is left
             position.set_epoch(epoch + 1)
             return
-        self.stream.place(epoch, first)
+        self.stream.seek(epoch, first)
         items = iter(self._loader)
         for step in range(first, steps):
             shares: list[tuple[Batch, Bad]] = [next(items) for _ in range(self._shares)]

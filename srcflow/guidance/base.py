@@ -23,7 +23,7 @@ class Negative(metaclass=Recorded):
         condition: the negative condition; None means the flow's null condition.
         attention_temperature: divides the attention logits of the negative stream only (1: none); how unconditional models are guided.
         flow: another Flow whose parameters serve as the negative (autoguidance), or the directory of its stage, which
-            `srcflow.pipeline.load_negative` turns into the flow; None means the same flow.
+            Pipeline reads (`srcflow.pipeline.load_negative`); None means the same flow.
     """
 
     def __init__(self, condition: Condition | None = None, attention_temperature: float = 1.0, flow: nn.Module | str | None = None) -> None:

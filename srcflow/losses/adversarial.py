@@ -47,8 +47,9 @@ class Head(nn.Module):
 
 
 class Adversarial(nn.Module, metaclass=Recorded):
-    """A discriminator on frozen features with trainable heads, and the generator's loss against it (method: RAE, arXiv 2510.11690; features
-    as in StyleGAN-T, arXiv 2301.09515; adaptive weight as in VQGAN, arXiv 2012.09841).
+    """A discriminator on frozen features with trainable heads, and the generator's loss against it.
+
+    Method: RAE, arXiv 2510.11690; features as in StyleGAN-T, arXiv 2301.09515; adaptive weight as in VQGAN, arXiv 2012.09841.
 
     The frozen network is held outside the module tree (it is not saved, averaged or sharded); `parameters()` are the heads' and belong to
     the discriminator's own optimizer. Neither loss leaves gradients where they do not belong: `generator_loss` none at the heads,

@@ -17,8 +17,7 @@ from srcflow.callbacks.averages import choose, read_weights
 from srcflow.callbacks.ema import RAW_STATE, full, trained
 from srcflow.errors import ArtifactError, ForeignCheckpointError
 from srcflow.registry import build, spec_of
-from srcflow.tasks.checkpoint import FACTS as FACTS
-from srcflow.tasks.checkpoint import refuse_foreign
+from srcflow.tasks.checkpoint import FACTS, refuse_foreign
 
 if TYPE_CHECKING:
     from srcflow.tasks.base import Task

@@ -195,7 +195,7 @@ class Task(L.LightningModule):
             )
         return int(total)
 
-    def place(self) -> None:
+    def prepare_outside(self) -> None:
         """Bring the outside parts to the device, and the raw weights of a checkpoint into the product if those are to be evaluated.
 
         Raises:
@@ -240,20 +240,20 @@ class Task(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Subclasses fit their statistics here, after calling this, unless `restoring`."""
-        self.place()
+        self.prepare_outside()
 
     def on_validation_start(self) -> None:
-        """See `place`."""
-        self.place()
+        """See `prepare_outside`."""
+        self.prepare_outside()
 
     def on_test_start(self) -> None:
-        """See `place` and `check_weights`."""
-        self.place()
+        """See `prepare_outside` and `check_weights`."""
+        self.prepare_outside()
         self.check_weights()
 
     def on_predict_start(self) -> None:
-        """See `place` and `check_weights`."""
-        self.place()
+        """See `prepare_outside` and `check_weights`."""
+        self.prepare_outside()
         self.check_weights()
 
     def on_train_start(self) -> None:

@@ -34,12 +34,12 @@ from srcflow.tasks.discriminator import Discriminator
 if TYPE_CHECKING:
     from srcflow.tasks.base import Task
 
-FACTS, WEIGHTS, HEADS, CONFIG = "dump.json", "weights.safetensors", "discriminator.safetensors", "config.yaml"
+SUMMARY, WEIGHTS, HEADS, CONFIG = "dump.json", "weights.safetensors", "discriminator.safetensors", "config.yaml"
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Recorded:
+class DumpedBatch:
     """A batch of a dumped step: its rank, its number in the epoch, the batch itself, and what it was like in the run."""
 
     rank: int
@@ -56,7 +56,7 @@ class Dump:
     facts: dict[str, Any]
     weights: dict[str, Tensor]
     heads: dict[str, Tensor]
-    batches: list[Recorded]
+    batches: list[DumpedBatch]
 
     @property
     def config(self) -> Path | None:
@@ -105,7 +105,7 @@ def write(path: Path, task: Task, step: BadStep, findings: list[examination.Find
         done = _tried(lambda: _write_common(path, task, weights))
     done = bool(strategy.reduce_boolean_decision(done, all=True))
     if first and done:
-        done = _tried(lambda: _write_json(path / FACTS, _facts(task, step)))
+        done = _tried(lambda: _write_json(path / SUMMARY, _facts(task, step)))
     return bool(strategy.broadcast(done))
 
 
@@ -116,10 +116,10 @@ def read(path: str | os.PathLike[str]) -> Dump:
         ArtifactError: there is none, it is of another format, or a file of it is missing or damaged.
     """
     root = Path(path)
-    if not (root / FACTS).is_file():
-        raise ArtifactError(f"{root} is no dump of a training step: it has no {FACTS}.")
+    if not (root / SUMMARY).is_file():
+        raise ArtifactError(f"{root} is no dump of a training step: it has no {SUMMARY}.")
     try:
-        facts = unplain(json.loads((root / FACTS).read_text()))
+        facts = unplain(json.loads((root / SUMMARY).read_text()))
         if facts["format"] != FORMAT:
             raise ArtifactError(f"{root} has format {facts['format']}; this version of srcflow reads {FORMAT}.")
         batches = [b for r in range(facts["world_size"]) for b in _read_rank(root, r)]
@@ -152,7 +152,7 @@ def unplain(value: Any) -> Any:
 
 
 def _clear(path: Path) -> None:
-    if (path / FACTS).exists():
+    if (path / SUMMARY).exists():
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
 
@@ -208,7 +208,7 @@ def _facts(task: Task, step: BadStep) -> dict[str, Any]:
     }
 
 
-def _read_rank(root: Path, rank: int) -> list[Recorded]:
+def _read_rank(root: Path, rank: int) -> list[DumpedBatch]:
     rows = json.loads((root / f"rank{rank}.json").read_text())
     tensors = artifacts.read_tensors(root / f"rank{rank}.safetensors")
     found = []
@@ -217,7 +217,7 @@ def _read_rank(root: Path, rank: int) -> list[Recorded]:
         if "grid" in batch:
             batch["grid"] = tuple(batch["grid"])
         finding = {**unplain(row["finding"]), "names": row["names"], "backward": unplain(row["backward"])}
-        found.append(Recorded(rank, int(row["number"]), batch, finding))
+        found.append(DumpedBatch(rank, int(row["number"]), batch, finding))
     return found
 
 

@@ -230,13 +230,13 @@ class FlowTask(Task):
         """Also the noise law, so that likelihoods can be computed under it later."""
         return {**super().facts(), "noise": None if self.noise is None else spec_of(self.noise)}
 
-    def place(self) -> None:
-        """See `Task.place`; also refuses to evaluate a flow that was never trained.
+    def prepare_outside(self) -> None:
+        """See `Task.prepare_outside`; also refuses to evaluate a flow that was never trained.
 
         Raises:
             ConfigError: outside of fit, the flow's normalisation was never fitted.
         """
-        super().place()
+        super().prepare_outside()
         norm2 = self.flow.normalization
         if norm2 is not None and not self.trainer.state.fn == "fit" and not bool(norm2.fitted):
             raise ConfigError("ckpt_path", None, "this flow was never trained.", "Name the checkpoint: --ckpt_path FILE.")

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from srcflow import artifacts
 from srcflow.errors import ArtifactError
-from srcflow.tasks import artifact, base, examination
+from srcflow.tasks import base, checkpoint, examination
 from srcflow.tasks.discriminator import Discriminator
-from srcflow.tasks.dump import Dump, Recorded
+from srcflow.tasks.dump import Dump, DumpedBatch
 from srcflow.tasks.reconstruction import STATE
 
 NORM_TOLERANCE = 1e-3
@@ -62,7 +62,7 @@ class _Step(L.Callback):
         """Load the state, before the task's own start; refuse other artifacts than the run's."""
         task = cast(base.Task, pl_module)
         artifacts.load_state(task, self.dump.weights, what=str(self.dump.path))
-        restored: dict[str, Any] = {artifact.FACTS: {"built_on": self.dump.facts["built_on"]}}
+        restored: dict[str, Any] = {checkpoint.FACTS: {"built_on": self.dump.facts["built_on"]}}
         game = getattr(task, "discriminator", None)
         if isinstance(game, Discriminator):
             artifacts.load_state(game.adversarial, self.dump.heads, what=f"{self.dump.path}, discriminator")
@@ -187,7 +187,7 @@ def differences(dump: Dump, result: Replay, *, heads_moved: bool = False) -> lis
     return found
 
 
-def where_of(recorded: Recorded, dump: Dump) -> str:
+def where_of(recorded: DumpedBatch, dump: Dump) -> str:
     """A batch's name: its rank where there are several, its number in the epoch."""
     return (f"rank {recorded.rank}, " if dump.facts["world_size"] > 1 else "") + f"batch {recorded.number}"
 

@@ -103,7 +103,7 @@ def test_only_the_decoder_is_trained() -> None:
     assert r.decoder.training
     assert not any(m.training for m in r.encoder.modules())
     trainable = {id(p) for p in r.parameters() if p.requires_grad}
-    assert trainable == {id(p) for p in r.parameters_of_decoder()}
+    assert trainable == {id(p) for p in r.decoder.parameters()}
     assert id(r.last_layer()) in trainable
 
 

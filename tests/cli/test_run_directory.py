@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from srcflow import artifacts
 from srcflow.autoencoders.pixels import PixelPatches
-from srcflow.cli import main
+from srcflow.cli import main, run_identity
 from srcflow.errors import ArtifactError, CheckpointError, ConfigError, ManifestMismatchError
 from srcflow.tasks.flow import FlowTask
 
@@ -211,6 +211,20 @@ def test_a_damaged_checkpoint_or_record_is_refused_before_anything_is_made(comma
         (tmp_path / "run/run.json").write_text(content)
         with pytest.raises(ArtifactError, match=problem):
             main(command)
+
+
+def test_a_class_that_moved_or_has_a_short_path_is_the_same_run() -> None:
+    def record(path: str) -> dict[str, object]:
+        return {"model": {"list": [{"class_path": path, "init_args": {}}]}}
+
+    now = record("srcflow.conditioners.class_table.ClassTable")
+    assert not run_identity.differences(record("srcflow.flows.conditioners.ClassTable"), now)
+    assert not run_identity.differences(record("srcflow.conditioners.ClassTable"), now)
+    other = record("srcflow.conditioners.ClassToken")
+    assert run_identity.differences(other, now) == {
+        "model.list.0.class_path": ("srcflow.conditioners.ClassToken", "srcflow.conditioners.class_table.ClassTable")
+    }
+    assert run_identity.differences({"class_path": "srcflow.nowhere.A"}, {"class_path": "srcflow.nowhere.B"}), "paths of what is gone"
 
 
 def test_a_run_from_before_there_was_a_choice_about_exif_continues_and_says_so(command: list[str], tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from srcflow.cli import main
+from srcflow.cli import main, sources
+from srcflow.cli.parser import Parser
+from srcflow.conditioners import Conditioner
+from srcflow.registry import MOVED
 
 ROOT = Path(__file__).parents[2]
 FLOW = (ROOT / "configs/smoke/flow.yaml").read_text(encoding="utf-8")
@@ -149,3 +152,61 @@ def test_null_reaches_options_at_every_depth(capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     for key in ("gradient_clip", "denoise", "statistics_batches", "artifact", "guidance"):
         assert f" {key}: null\n" in printed
+
+
+# --- class paths of earlier versions ------------------------------------------------------------------------------------------------------
+
+
+FORMER, TODAY = "srcflow.flows.conditioners.ClassTable", "srcflow.conditioners.class_table.ClassTable"
+OLD_RUN = f"""
+model:
+  class_path: FlowTask
+  init_args:
+    codec: nowhere
+    flow:
+      class_path: Flow
+      init_args:
+        blocks:
+        - class_path: TransformerBlock
+          init_args:
+            channels: 2
+            width: 8
+            layers: 1
+            heads: 1
+            positions: {{class_path: Rotary, init_args: {{grid: [2, 2]}}}}
+            coupling: Affine
+            conditioner: {{class_path: {FORMER}, init_args: {{num_classes: 3, width: 8}}}}
+data: {{class_path: ImageFolder, init_args: {{train: images, size: 8, num_classes: 3}}}}
+"""
+
+
+def test_fit_reads_a_configuration_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["fit", "--config", written(tmp_path, OLD_RUN), "--print_config"])
+    assert not status.value.code
+    printed = capsys.readouterr().out
+    assert f"class_path: {TODAY}\n" in printed or "class_path: srcflow.conditioners.ClassTable\n" in printed
+    assert FORMER not in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--part", FORMER, "--part.num_classes", "3", "--part.width", "4"],
+        [f"--part={FORMER}", "--part.num_classes=3", "--part.width=4"],
+        ["--part.class_path", FORMER, "--part.num_classes", "3", "--part.width", "4"],
+        [f'--part={{"class_path": "{FORMER}", "init_args": {{"num_classes": 3, "width": 4}}}}'],
+    ],
+    ids=["value", "equals", "class_path", "json"],
+)
+def test_the_command_line_takes_a_class_path_of_an_earlier_version(arguments: list[str]) -> None:
+    parser = Parser()
+    parser.add_argument("--part", type=Conditioner)
+    assert parser.parse_args(arguments).part.class_path in (TODAY, "srcflow.conditioners.ClassTable")
+
+
+def test_a_file_that_is_read_for_its_sections_has_todays_paths(tmp_path: Path) -> None:
+    content = sources.read(written(tmp_path, OLD_RUN))
+    block = content["model"]["init_args"]["flow"]["init_args"]["blocks"][0]
+    assert block["init_args"]["conditioner"] == {"class_path": TODAY, "init_args": {"num_classes": 3, "width": 8}}
+    assert MOVED[FORMER] == TODAY

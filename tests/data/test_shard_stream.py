@@ -192,7 +192,7 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(world: int, tmp_pa
     ranks = []
     for rank in range(world):
         stream = TrainingStream(source, plan, chunk=2, rank=rank, world_size=world)
-        stream.place(2, 0)
+        stream.seek(2, 0)
         ranks.append([batch["indices"].tolist() for batch, bad in stream if not bad])
     assert [[i for rank in ranks for i in rank[t]] for t in range(2)] == [[i for c in step for i in c] for step in chunks]
 

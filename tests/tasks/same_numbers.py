@@ -102,7 +102,7 @@ def evaluate(root: Path, mode: str, double: bool) -> None:
     if (mode == "fsdp2") != any(isinstance(p, DTensor) for p in task.flow.parameters()):
         raise AssertionError("the flow is sharded under FSDP2, and there alone")
     run.test(task, Data(), ckpt_path=checkpoint, verbose=False)
-    task.place()
+    task.prepare_outside()
     samples = task.sample_images(torch.tensor([0, 1, 2, -1]), seed=3)
     artifact.write(task, str(root / f"artifact-{name}"))
     torch.save({"samples": samples, "val/nll": validated["val/nll"]}, root / f"{name}-{run.global_rank}.pt")
