@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning  # noqa: F401  # before a test: its log keeps the stderr that it finds
 import pytest
 
 from srcflow.cli import main, sources
@@ -167,7 +168,7 @@ model:
       class_path: Flow
       init_args:
         blocks:
-        - class_path: TransformerBlock
+        - class_path: srcflow.flows.TransformerBlock
           init_args:
             channels: 2
             width: 8
