@@ -149,8 +149,9 @@ def _attributes(solver: Solver, block: CausalBlock) -> dict[str, tuple[int, int]
 
 def _guided(solver: Solver, block: CausalBlock, z: Tensor, ctx: Context, negative: Condition | None, tolerance: float) -> None:
     plain = solver(block, z, ctx).u
-    off = Linear(0.0, negative=Negative(attention_temperature=1.3))
-    close(solver(GuidedBlock(block, off), z, ctx).u, plain, tolerance, solver, "guidance of strength 0 and no guidance")
+    if ctx.condition is None or ctx.condition.labels is not None or negative is not None:
+        off = Linear(0.0, negative=Negative(condition=negative, attention_temperature=1.3))
+        close(solver(GuidedBlock(block, off), z, ctx).u, plain, tolerance, solver, "guidance of strength 0 and no guidance")
     trials: list[tuple[str, Guidance]] = []
     if ctx.condition is None or ctx.condition.labels is not None:  # the null text is known to a Flow, not to a block
         trials.append(("attention temperature", Linear(0.7, negative=Negative(attention_temperature=1.3))))
