@@ -22,6 +22,8 @@ from srcflow.pipeline import Pipeline
 from srcflow.testing import perturb
 
 STRANGER = "stranger_beside_the_program"
+IMPORTED, BUILT = "imported_by_the_program", "built_by_the_program"
+"""Modules that tests import; they stay in sys.modules, as a class without its module would break every later look-up of names."""
 BENIGN = {"class_path": "Affine", "init_args": {}}
 
 
@@ -46,10 +48,11 @@ def chained(tmp_path: Path) -> Path:
 def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A module on Python's path that leaves a mark when it runs; returns where the mark would be."""
     folder = tmp_path / "beside"
-    (folder / STRANGER).mkdir(parents=True)
     mark = folder / "it-ran"
-    (folder / STRANGER / "__init__.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
-    (folder / STRANGER / "parts.py").write_text("from srcflow.couplings.affine import Affine\nclass Own(Affine): ...\n")
+    for name in (STRANGER, IMPORTED, BUILT):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+        (folder / name / "parts.py").write_text("from srcflow.couplings.affine import Affine\nclass Own(Affine): ...\n")
     monkeypatch.syspath_prepend(str(folder))
     return mark
 
@@ -113,22 +116,14 @@ def test_registered_plugins_and_what_the_program_imported_itself_are_opened(save
     assert type(artifacts.load(saved, Flow).blocks[0].coupling).__name__ == "BoundedAffine"
     rewritten(saved, lambda s: s["init_args"].update(coupling={"class_path": "BoundedAffine"}))
     assert type(artifacts.load(saved, Flow).blocks[0].coupling).__name__ == "BoundedAffine"
-    __import__(f"{STRANGER}.parts")
-    try:
-        rewritten(saved, lambda s: s["init_args"].update(coupling={"class_path": f"{STRANGER}.parts.Own"}))
-        assert type(artifacts.load(saved, Flow).blocks[0].coupling).__name__ == "Own"
-    finally:
-        for name in (STRANGER, f"{STRANGER}.parts"):
-            sys.modules.pop(name)
+    __import__(f"{IMPORTED}.parts")
+    rewritten(saved, lambda s: s["init_args"].update(coupling={"class_path": f"{IMPORTED}.parts.Own"}))
+    assert type(artifacts.load(saved, Flow).blocks[0].coupling).__name__ == "Own"
 
 
 def test_a_specification_that_the_program_wrote_may_name_any_class(stranger: Path) -> None:
-    try:
-        assert type(registry.build({"class_path": f"{STRANGER}.parts.Own"}, Coupling)).__name__ == "Own"
-        assert stranger.exists()
-    finally:
-        for name in (STRANGER, f"{STRANGER}.parts"):
-            sys.modules.pop(name, None)
+    assert type(registry.build({"class_path": f"{BUILT}.parts.Own"}, Coupling)).__name__ == "Own"
+    assert stranger.exists()
 
 
 def distribution(folder: Path, name: str, files: list[str], entry: str) -> None:

@@ -21,7 +21,7 @@ from srcflow.cli import load_parts
 from srcflow.cli.export import task_of
 from srcflow.flows import presets
 from srcflow.flows.flow import Flow
-from srcflow.flows.likelihood import nll_per_dim
+from srcflow.objectives.flow import flow_objective
 from srcflow.plan.memory import lasting, passing
 from srcflow.plan.step import Stage
 from srcflow.tasks.flow import FlowTask
@@ -69,7 +69,7 @@ def steps(flow: Flow, optimizer: torch.optim.Optimizer, batch: int, mixed: bool,
     for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16) if mixed else nullcontext():
-            loss = nll_per_dim(flow(codes, condition)).mean()
+            loss = flow_objective(flow, codes, condition).total
         loss.backward()
         optimizer.step()
         with torch.no_grad():

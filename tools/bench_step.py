@@ -25,7 +25,7 @@ from srcflow import artifacts
 from srcflow.cli import load_parts
 from srcflow.cli.export import task_of
 from srcflow.flows.flow import Flow
-from srcflow.flows.likelihood import nll_per_dim
+from srcflow.objectives.flow import flow_objective
 from srcflow.tasks.flow import FlowTask
 from srcflow.types import Condition
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     condition = Condition(labels=torch.arange(args.batch_size) % flow.num_classes) if flow.num_classes else None
 
     def loss_of() -> Tensor:
-        return nll_per_dim(flow(codes, condition)).mean()
+        return flow_objective(flow, codes, condition).total
 
     with part("forward", seconds):
         loss = loss_of()

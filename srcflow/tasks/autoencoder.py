@@ -70,7 +70,7 @@ class AutoencoderTask(ReconstructionTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The image losses of reconstructions from noisy features."""
-        fake = self.reconstruct(self.features_of(batch), self.noise, self.global_step, "train", epoch=self.current_epoch)
+        fake = self.reconstruct(self.features_of(batch), self.noise, self.global_step, "train", self.current_epoch)
         loss = self.image_loss(fake, self.images_from(batch), batch, batch_idx)
         self.log("train/loss", loss.detach())
         return loss

@@ -238,7 +238,7 @@ def test_errors_that_are_not_ours_keep_their_traceback(tmp_path: Path, monkeypat
 
 def test_broken_plugins_are_reported_once_and_not_fatal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     broken = registry.Broken("couplings", "Spline", "srcflow-splines", "ImportError: no splines")
-    monkeypatch.setattr(registry, "load_plugins", lambda: None)
+    monkeypatch.setattr(registry, "load_plugins", lambda families=None: None)
     monkeypatch.setattr(registry, "broken", lambda family: [broken] if family == "couplings" else [])
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "FakeTask"])

@@ -82,7 +82,7 @@ def test_a_value_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("max_steps: 24", "max_steps: 1e2", "trainer.max_steps: expected int, got 100.0."),
         ("learning_rate: 2.0e-3", "learning_rate: fast", "model.optimization.learning_rate: expected float, got fast."),
         ("learning_rate: 2.0e-3", "learning_rate: -2.0", "2 problems"),
-        ("class_path: Gaussian", "class_path: Gausian", "model.guidance = 'Gausian': no such name. Did you mean Gaussian?"),
+        ("class_path: Gaussian", "class_path: Gausian", "model.guidance = 'Gausian': no such name. Did you mean Gaussian"),
         ("max_steps: 24", "max_stpes: 24", "trainer.max_stpes: no such option. Did you mean trainer.max_steps?"),
         ("label_dropout: 0.1", "label_dropuot: 0.1", "model.label_dropuot: FlowTask has no such option. Did you mean label_dropout?"),
         ("label_dropout: 0.1", "label_dropout: 7.0", "label_dropout = 7.0: "),

@@ -266,10 +266,10 @@ class Trained(FlowTask):
         self.set_outside("autoencoder", PixelPatches(8, 1, channels=flow.channels, scale="linear"))
         self.set_outside("compressor", Identity(flow.channels))
         strategy = SimpleNamespace(reduce=lambda value, reduce_op: value)
-        self._trainer: Any = SimpleNamespace(global_step=0, log_every_n_steps=1, strategy=strategy)
+        self._trainer: Any = SimpleNamespace(global_step=0, current_epoch=0, log_every_n_steps=1, strategy=strategy)
         steps = self.flow.steps
 
-        def watched(codes: Tensor, condition: Condition | None = None) -> Any:
+        def watched(codes: Tensor, condition: Condition | None = None, *, grid: Grid | None = None) -> Any:
             self.given.append(codes.requires_grad_(True))
             return steps(codes, condition, grid=self.tokens_grid)
 

@@ -34,7 +34,7 @@ from srcflow.tasks.flow import FlowTask
 from srcflow.tasks.flow_evaluation import Evaluation
 from srcflow.tasks.optimization import Optimization
 from srcflow.testing import perturb
-from srcflow.types import Condition
+from srcflow.types import Codes, Condition
 
 
 class Squares(Dataset[dict[str, Any]]):
@@ -283,9 +283,9 @@ def test_non_finite_steps_are_skipped_counted_and_fatal(codec: str, tmp_path: Pa
     task = FlowTask(flow, codec, optimization=Optimization(max_bad_steps=3))
     original = task.codes
 
-    def poisoned(batch: Any, purpose: str, step: int | None = None) -> Tensor:
+    def poisoned(batch: Any, purpose: str, step: int | None = None) -> Codes:
         codes = original(batch, purpose, step)
-        return codes * float("nan") if purpose == "train" else codes
+        return codes._replace(x=codes.x * float("nan")) if purpose == "train" else codes
 
     task.codes = poisoned  # type: ignore[method-assign]
     said = pytest.warns(

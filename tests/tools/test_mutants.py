@@ -169,7 +169,7 @@ def test_a_mutant_that_does_not_fit_is_named_before_anything_runs(
 def test_the_list_is_printed_and_an_unknown_name_is_refused(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["--list", "--only", "latent norm"]) == 0
     out = capsys.readouterr().out
-    assert "the latent norm leaves the input out\n    srcflow/tasks/flow.py: " in out
+    assert "the latent norm leaves the input out\n    srcflow/objectives/flow.py: " in out
     assert "cosine" not in out
     with pytest.raises(SystemExit):
         tool.main(["--only", "no such name"])
