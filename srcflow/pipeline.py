@@ -355,7 +355,7 @@ class Pipeline:
         """
         if steps < 2:
             raise ConfigError("steps", steps, "an interpolation has at least its two end points.")
-        flow = self._flow()
+        flow, guidance = self._flow(), load_negative(guidance, self.device)
         ends = [self.codes(x, noise=noise, seed=seed) for x in (first, second)]
         grid = ends[0].grid
         with self._evaluating():

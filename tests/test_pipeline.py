@@ -115,6 +115,12 @@ def test_a_negative_flow_is_named_by_its_directory(pipeline: Pipeline, tmp_path:
     finite(torch.stack([by_name, by_hand, plain]), pipeline, "guided codes")
     assert torch.equal(by_name, by_hand)
     assert not torch.allclose(by_name, plain)
+    ends = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    frames = [
+        pipeline.interpolate(*ends, 2, condition=labels, guidance=Gaussian(1.0, blocks="all", negative=Negative(flow=flow)))
+        for flow in (place, other.eval())
+    ]
+    assert torch.equal(*frames)
 
 
 def test_a_rule_that_names_a_negative_flow_stays_as_it_was(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ class Walk:
         sizes: of these, in bytes.
         classes: sub-folders of the folder itself, in sorted order.
         others: files of other kinds.
-        left_out: hidden entries and those of systems; what is in such a folder is not looked at.
+        left_out: hidden and system entries, such as .DS_Store or __MACOSX; what is in such a folder is not looked at.
     """
 
     folder: Path
@@ -91,7 +91,7 @@ class Walk:
         if self.others:
             parts.append(f"{len(self.others)} files of other kinds ({_kinds(self.others)}), e.g. {self.others[0]}")
         if self.left_out:
-            parts.append(f"{len(self.left_out)} hidden entries and those of systems, e.g. {self.left_out[0]}")
+            parts.append(f"{len(self.left_out)} hidden or system entries, e.g. {self.left_out[0]}")
         return f"{self.folder}: not used: {'; '.join(parts)}." if parts else ""
 
 

@@ -83,6 +83,9 @@ class Evaluation:
         if self.samples == 1:
             cure = "Write 2 or more, or 0 to switch the distances off."
             problems.add(ConfigError("evaluation.samples", self.samples, "one image has no covariance.", cure))
+        if self.reference is not None and self.extractor is None:
+            cure = "Name the extractor that made the reference, or write null."
+            problems.add(ConfigError("evaluation.reference", self.reference, "has no effect without evaluation.extractor.", cure))
         if self.labels not in ("equal", "random"):
             problems.add(ConfigError("evaluation.labels", self.labels, "unknown.", 'Write "equal" or "random".'))
         with problems.collect():

@@ -116,7 +116,7 @@ def test_what_systems_leave_behind_is_counted_and_left_out_by_both(
     assert as_set(folder) == expected
     unused = ImageFolderDataset(folder, EVAL).unused
     assert "2 files of other kinds (1 without an ending, 1 .txt), e.g. bee/README" in unused
-    assert "8 hidden entries and those of systems" in unused
+    assert "8 hidden or system entries" in unused
     assert "\n" not in unused
     capsys.readouterr()
     assert as_shards(tool, folder, tmp_path / "out") == expected

@@ -261,3 +261,8 @@ def test_densities_that_are_not_finite_win_no_comparison(tmp_path: Path, monkeyp
 def test_a_distance_of_one_sample_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"evaluation.samples = 1: one image has no covariance"):
         Evaluation(samples=1)
+
+
+def test_a_reference_needs_the_network_that_made_it() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation.reference = 'ref.npz': has no effect without evaluation.extractor"):
+        Evaluation(reference="ref.npz")
