@@ -33,6 +33,7 @@ from srcflow.guidance.base import Guidance, Negative
 from srcflow.metrics.non_finite import NonFiniteImagesWarning, finite_rows
 from srcflow.noise import Noise
 from srcflow.solvers.base import Solver
+from srcflow.solvers.report import SolverReport
 from srcflow.types import Codes, Condition, Grid
 
 RECORDED: Final = "recorded"
@@ -174,6 +175,8 @@ class Pipeline:
         attention_temperature: float = 1.0,
         denoise: float | None = None,
         denoiser: DenoiserName = "score",
+        report: SolverReport | None = None,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """Draw images.
 
@@ -188,6 +191,8 @@ class Pipeline:
             denoise: standard deviation of the Gaussian noise that the flow was trained under, in units of the raw features, to take out of
                 the samples (`denoise_codes`); None leaves it in. For flows without a compressor only.
             denoiser: how: by the flow's own "score", or its "learned" denoiser.
+            report: takes in how each block was inverted.
+            counted: (B,) bool, the samples that count in the report; None: all.
 
         Returns:
             (B, 3, H, W) in [0, 1]; NaN where a sample ran away to numbers that are not finite (see `decode`).
@@ -207,6 +212,8 @@ class Pipeline:
                 attention_temperature=attention_temperature,
                 denoise=denoise,
                 denoiser=denoiser,
+                report=report,
+                counted=counted,
             )
         )
 
@@ -223,6 +230,8 @@ class Pipeline:
         attention_temperature: float = 1.0,
         denoise: float | None = None,
         denoiser: DenoiserName = "score",
+        report: SolverReport | None = None,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """Codes (B, N, d) drawn from the flow; arguments as `sample`."""
         flow = self._flow()
@@ -237,7 +246,7 @@ class Pipeline:
         if flow.learn_prior:
             z = z * flow.prior_std
         with self._evaluating():
-            codes = flow.inverse(
+            codes, solutions = flow.solve(
                 z,
                 given,
                 guidance=guidance,
@@ -245,6 +254,8 @@ class Pipeline:
                 temperature=temperature,
                 attention_temperature=attention_temperature,
             )
+        if report is not None:
+            report.update(solutions, counted)
         return codes if denoise is None else self.denoise_codes(codes, given, denoise=denoise, denoiser=denoiser)
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from srcflow.cli.parser import Parser
     from srcflow.pipeline import Pipeline
+    from srcflow.solvers.report import SolverReport
 
 Labels = NDArray[np.int64]
 Images = NDArray[np.uint8]
@@ -86,6 +87,7 @@ def run(config: Namespace) -> int:
     from srcflow.chain import check_denoising
     from srcflow.cli.devices import device_of
     from srcflow.pipeline import Pipeline
+    from srcflow.solvers.report import SolverReport
 
     device = device_of(config.device)
     pipeline = Pipeline.from_pretrained(
@@ -96,9 +98,11 @@ def run(config: Namespace) -> int:
     labels = wanted_labels(config, 0 if pipeline.flow is None else pipeline.flow.num_classes)
     n = config.n if labels is None else len(labels)
     broken: list[int] = []
-    batches = drawn(pipeline, n, labels, config, device, broken)
+    report = SolverReport()
+    batches = drawn(pipeline, n, labels, config, device, broken, report)
     WRITERS[form](out, batches, n, labels, columns(config, n))
     print(f"Wrote {n} images to {out}.")
+    _say(report.summary())
     if broken:
         which = ", ".join(map(str, broken[:8])) + (", ..." if len(broken) > 8 else "")
         cure = "Lower the guidance, or draw with another --seed."
@@ -106,6 +110,14 @@ def run(config: Namespace) -> int:
             f"warning: {len(broken)} of {n} images ({which}) ran away to numbers that are not finite and are black. {cure}", file=sys.stderr
         )
     return 0
+
+
+def _say(solved: dict[str, Any]) -> None:
+    """One line on how the blocks were inverted."""
+    if solved["samples"]:
+        steps = ", ".join(f"{i:.4g}" for i in solved["iterations"])
+        line = f"Inversion, noise-side block first: {steps} iterations per sample, largest residual {max(solved['residual']):.2g}"
+        print(f"{line}, {solved['fallbacks']} fallbacks.")
 
 
 def wanted_labels(config: Namespace, num_classes: int) -> Labels | None:
@@ -143,7 +155,9 @@ def columns(config: Namespace, n: int) -> int:
     return int(config.per_class) if config.classes is not None else math.ceil(math.sqrt(n))
 
 
-def drawn(pipeline: Pipeline, n: int, labels: Labels | None, config: Namespace, device: Any, broken: list[int]) -> Batches:
+def drawn(
+    pipeline: Pipeline, n: int, labels: Labels | None, config: Namespace, device: Any, broken: list[int], report: SolverReport
+) -> Batches:
     """Batches of images as (index of the first, uint8 (b, H, W, 3)), in order; the indices of those that are not finite go to `broken`."""
     import torch
 
@@ -165,6 +179,7 @@ def drawn(pipeline: Pipeline, n: int, labels: Labels | None, config: Namespace, 
                     attention_temperature=config.attention_temperature,
                     denoise=config.denoise,
                     denoiser=config.denoiser,
+                    report=report,
                 )
             finite = images.isfinite().flatten(1).all(1)
             broken += [start + i for i in (~finite).nonzero().flatten().tolist()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,6 +16,7 @@ from srcflow.metrics.features.base import Extractor
 from srcflow.metrics.frechet import FrechetDistance, check_counts, sized_name
 from srcflow.metrics.non_finite import NonFiniteImagesWarning, counted_by_caller, finite_name, without_non_finite
 from srcflow.metrics.reconstruction import ReconstructionMetrics
+from srcflow.solvers.report import SolverReport
 from srcflow.types import Batch, Condition, Features
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class FlowDistances:
             self._distances[name] = distance
             for real in (False, True):
                 self._lost[name, real] = torch.zeros((), dtype=torch.long, device=task.device)
+        self.report = SolverReport()
         self._reconstructions = {name: ReconstructionMetrics().to(task.device) for name in RECONSTRUCTIONS}
 
     # --- over the test set -------------------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ class FlowDistances:
             indices = wanted.clamp(max=n - 1) if steps > 1 or world > 1 else wanted[:n]
             start = time.perf_counter()
             with counted_by_caller():
-                images = self._sample(indices, None if labels is None else labels[indices]).cpu()
+                images = self._sample(indices, None if labels is None else labels[indices], wanted[: len(indices)] < n).cpu()
             seconds += time.perf_counter() - start
             drawn, finite = without_non_finite(images.to(task.device))
             features = self._features(drawn)
@@ -127,6 +129,14 @@ class FlowDistances:
             self._update("fd_decoded", features, number < self.compared, finite)
         slowest = float(cast(Tensor, task.trainer.strategy.reduce(seconds.to(task.device), reduce_op="max")))
         return {"images_per_second": n / slowest, **self._numbers()}
+
+    def solved(self) -> dict[str, Any]:
+        """How the blocks were inverted for the samples, over all ranks (`SolverReport.summary`). A collective."""
+
+        def reduce(x: Tensor, how: Literal["sum", "max"]) -> Tensor:
+            return cast(Tensor, self.task.trainer.strategy.reduce(x.to(self.task.device), reduce_op=how)).cpu()
+
+        return self.report.summary(reduce)
 
     def counts(self) -> dict[str, dict[str, int | None]]:
         """How many images are on both sides of every distance, over all ranks; None for a reference."""
@@ -165,7 +175,7 @@ class FlowDistances:
         self._lost[name, real] += (counted & ~finite).sum()
         self._distances[name].update(features, real=real, valid=counted & finite)
 
-    def _sample(self, indices: Tensor, labels: Tensor | None) -> Tensor:
+    def _sample(self, indices: Tensor, labels: Tensor | None, counted: Tensor) -> Tensor:
         task = self.task
         with task.trainer.precision_plugin.forward_context():
             condition: int | Condition = len(indices) if labels is None else Condition(labels=labels)
@@ -178,6 +188,8 @@ class FlowDistances:
                 temperature=task.temperature,
                 denoise=self.settings.denoise,
                 denoiser=self.settings.denoiser,
+                report=self.report,
+                counted=counted,
             )
 
     def _compare_training_images(self, count: int) -> None:

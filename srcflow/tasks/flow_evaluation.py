@@ -229,6 +229,7 @@ class FlowEvaluator:
         if self._distances is not None:
             numbers.update(self._distances.finish(self._labels(self.settings.samples)))
             protocol["counts"] = self._distances.counts()
+            protocol["inversion"] = self._distances.solved()
         judge = f", distances judged by {protocol['extractor']}" if protocol["extractor"] else ""
         self.task.report(numbers, protocol, f"{type(self.task).__name__}: {self._total} test images{judge} ({protocol['weights']} weights)")
         return numbers

@@ -115,6 +115,11 @@ def test_both_sides_of_every_distance_are_counted(tmp_path: Path) -> None:
     written = measured(tmp_path, samples=18)
     both = {"real": 18, "fake": 18}
     assert written["protocol"]["counts"] == dict.fromkeys(("gfid", "rfid", "rfid_noisy", "fd_decoded", "floor"), both)
+    inversion = written["protocol"]["inversion"]
+    assert inversion["samples"] == both["fake"]
+    assert inversion["fallbacks"] == 0
+    assert all(r == 0 for r in inversion["residual"])
+    assert all(i > 0 for i in inversion["iterations"])
     found = written["metrics"]
     assert {k: v for k, v in found.items() if k.endswith("_non_finite")} == {
         "nll_non_finite": 0, "samples_non_finite": 0, "reconstructions_non_finite": 0, "reconstructions_noisy_non_finite": 0,
