@@ -103,7 +103,8 @@ def in_main_thread() -> bool:
 class Early:
     """Handler of the signals that ask for a stop before training takes them over (`StopSignals.install`).
 
-    It raises, and notes the signal as well: an exception that is raised in a destructor, or while a module is imported, may get lost.
+    It raises, and notes the signal as well: an exception that is raised while a module is imported may get lost. In a destructor, which
+    nothing can be raised from, it only notes the signal; the run then stops at its first step.
 
     Attributes:
         came: the signal, 0 if none came.
@@ -118,12 +119,23 @@ class Early:
         leaving = self.came != 0 and now - self._since < GRACE  # a second one must not disturb the way out
         if not leaving:
             self.came, self._since = signum, now
+            if _in_destructor(frame):
+                return
             end_loaders()
             raise _Stop from self.error()
 
     def error(self) -> StoppedError:
         """What the run ends with."""
         return StoppedError(self.came, "before the first step; the same command starts again.", agreed=False)
+
+
+def _in_destructor(frame: Any) -> bool:
+    """Whether a frame, or one that called it, is a `__del__`."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

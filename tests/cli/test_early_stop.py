@@ -200,3 +200,26 @@ def test_a_signal_at_any_moment_of_the_start(run: Path, tmp_path: Path, wanted: 
     assert status == 75, text[-5000:]
     assert "Traceback" not in text, text[-5000:]
     assert text.splitlines()[-1].startswith((LINE, "stopped by SIGTERM at step"))
+
+
+def test_a_signal_in_a_destructor_is_kept_for_later() -> None:
+    """Nothing can be raised from one: Python would print the traceback and go ahead."""
+
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # where the handler runs
+
+    seen = []
+
+    def start() -> None:
+        with ranks.stoppable():
+            dying = Dying()
+            del dying
+            seen.append(signal.getsignal(signal.SIGTERM).came)  # type: ignore[union-attr]  # an Early
+            raise RuntimeError("what fails later is a consequence")
+
+    with pytest.raises(StoppedError) as stopped:
+        start()
+    assert seen == [signal.SIGTERM]
+    assert stopped.value.status == 75
