@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,22 @@ with run_lock.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(120)
 """
-HOLD_AND_FORK = HOLD.replace("    time.sleep(120)", "    import os\n    print(os.fork(), flush=True)\n    time.sleep(120)")
+HOLD_AND_FORK = """
+import os, sys, time
+from pathlib import Path
+from srcflow.cli import run_lock
+with run_lock.held(Path(sys.argv[1])):
+    print("held", flush=True)
+    ready, done = os.pipe()
+    worker = os.fork()
+    if worker == 0:  # it says nothing on stdout, where its parent's number is awaited
+        os.write(done, b"x")
+        time.sleep(120)
+        os._exit(0)
+    os.read(ready, 1)
+    print(worker, flush=True)
+    time.sleep(120)
+"""
 
 
 def start(folder: Path, code: str = HOLD) -> subprocess.Popen[str]:
@@ -58,6 +74,7 @@ def test_workers_that_outlive_a_killed_start_do_not_hold_the_lock(tmp_path: Path
     first = start(tmp_path, HOLD_AND_FORK)
     assert first.stdout is not None
     worker = int(first.stdout.readline())
+    assert worker > 0  # 0 would be this process and all of its group
     try:
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
@@ -65,8 +82,9 @@ def test_workers_that_outlive_a_killed_start_do_not_hold_the_lock(tmp_path: Path
         with run_lock.held(tmp_path):
             pass
     finally:
-        os.kill(worker, signal.SIGKILL)
-        first.stdout.close()
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+        end(first)
 
 
 def test_it_is_released_at_the_end_and_after_an_error(tmp_path: Path) -> None:
