@@ -124,7 +124,7 @@ def known_classes(place: Path) -> list[str]:
     except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"cannot be read: {e}") from e
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
-        raise DataError("is no list of class names, each once, as this tool writes it")
+        raise DataError("is not a list of class names, each once, as this tool writes it")
     return names
 
 

@@ -82,7 +82,7 @@ def run(config: Namespace) -> int:
         if config[key] is None:
             problems.add(ConfigError(key, None, "is missing.", "Give --config and --ckpt_path for a stage, or --pipeline for a bundle."))
         elif Path(config[key]).is_dir():
-            shards = " To export a sharded checkpoint, go on from it with save_distributed_checkpoint: false, which writes one file."
+            shards = " To export a sharded checkpoint, resume from it with save_distributed_checkpoint: false, which writes one file."
             problems.add(ArtifactError(f"{key} = {config[key]!r} is a directory; a file is needed.{shards if key == 'ckpt_path' else ''}"))
         elif not Path(config[key]).is_file():
             problems.add(ArtifactError(f"{key} = {config[key]!r}: there is no such file."))

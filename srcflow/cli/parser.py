@@ -69,7 +69,7 @@ class Parser(jsonargparse.ArgumentParser):
         class paths of earlier versions become today's.
 
         Raises:
-            ConfigError: a file that an argument names is no text.
+            ConfigError: a file that an argument names is not text.
         """
         if not self.exit_on_error and args is not None and len(args) == 1 and args[0].startswith("--") and args[0].endswith("=None"):
             args = [args[0].removesuffix("None") + "null"]

@@ -239,7 +239,7 @@ def read(path: Path) -> dict[str, Any] | None:
         raise ArtifactError(f"{path} cannot be read: {e}. Move it away to start without a history.") from e
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = f"it has format {record['format']!r}" if isinstance(record, dict) and "format" in record else "it holds something else"
-        raise ArtifactError(f"{path} is no record of format {FORMAT}: {found}. Move it away to start without a history.")
+        raise ArtifactError(f"{path} is not a record of format {FORMAT}: {found}. Move it away to start without a history.")
     return record
 
 

@@ -32,7 +32,7 @@ def read(path: str | os.PathLike[str], key: str = "config") -> dict[str, Any]:
         key: the option that names it.
 
     Raises:
-        ConfigError: it cannot be read, is not YAML, is empty, has a key twice, or is no mapping.
+        ConfigError: it cannot be read, is not YAML, is empty, has a key twice, or is not a mapping.
     """
     text = yaml_files.read(path, key)
     content = yaml_files.parse(text, key, path)

@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_or_record_is_refused_before_anything_is_made(comma
         main([*command, "--ckpt_path", str(broken)])
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    for content, problem in (("{", "cannot be read"), ("{}", "no record of format 1")):
+    for content, problem in (("{", "cannot be read"), ("{}", "not a record of format 1")):
         (tmp_path / "run/run.json").write_text(content)
         with pytest.raises(ArtifactError, match=problem):
             main(command)

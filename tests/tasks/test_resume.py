@@ -221,6 +221,27 @@ def test_a_run_resumes_bit_for_bit_from_the_end_of_an_epoch(mode: str, end: str,
     assert {k: v for k, v in logged(straight).items() if k[0] >= BATCHES} == {k: v for k, v in logged(resumed).items() if k[0] >= BATCHES}
 
 
+def test_a_run_that_ended_inside_an_epoch_continues_there_when_it_is_made_longer(data: Path, tmp_path: Path) -> None:
+    """The rest of the epoch is neither left out nor seen twice."""
+    model = {**FLOW, "codec": str(data / "codec")}
+    here, seen = tmp_path / "run", []
+    train = FlowTask.training_step
+
+    def watched(self: Any, batch: Any, batch_idx: int) -> Any:
+        seen.append(batch["indices"].tolist())
+        return train(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlowTask, "training_step", watched)
+        trainer = {"limit_val_batches": 1, "callbacks": [{"class_path": "Checkpoints"}]}
+        for steps, more in ((BATCHES + 4, []), (2 * BATCHES, ["--ckpt_path", "last", "--change_config", "true"])):
+            main([*configuration(data, here, "flow", model, {**trainer, "max_steps": steps}), *more])
+    assert len(seen) == 2 * BATCHES
+    for epoch in (seen[:BATCHES], seen[BATCHES:]):
+        indices = [i for batch in epoch for i in batch]
+        assert len(set(indices)) == len(indices) == 8 * BATCHES
+
+
 @pytest.mark.parametrize("batch", [2, 6, 11])
 def test_a_stream_gives_the_batches_of_an_unfinished_step_again(batch: int, data: Path, streamed: Path, tmp_path: Path) -> None:
     def module() -> ImageShards:
